@@ -1,0 +1,54 @@
+"""Where things are, and the defaults. On the hot path: imports `os` only."""
+
+from __future__ import annotations
+
+import os
+
+from .errors import UsageError
+
+#: The Deephaven release that this release of dhg was tested with.
+DEFAULT_DEEPHAVEN = "42.7"
+
+#: What `dhg vm prepare` gives a VM unless told otherwise.
+DEFAULT_MEMORY_MIB = 2048
+DEFAULT_VCPUS = 2
+
+
+def home() -> str:
+    """The data directory: `DHG_HOME`, by default `~/.dhg`. It need not exist."""
+    path = os.environ.get("DHG_HOME") or os.path.join(os.path.expanduser("~"), ".dhg")
+    if not os.path.isabs(path):
+        path = os.path.abspath(path)
+    return path
+
+
+def snapshots_dir() -> str:
+    """Where the snapshots are, one directory a Deephaven version."""
+    return home() + "/snapshots"
+
+
+def cache_dir() -> str:
+    """Where the results of the build stages are, one directory a stage."""
+    return home() + "/cache"
+
+
+def check_version(version: str) -> str:
+    """`version` itself if it can be the name of a release (letters, digits, `.`, `_`, `+`, `-`; at most 64).
+
+    Raises `UsageError` otherwise: versions become directory names, and `clean` removes directories.
+    """
+    allowed = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._+-"
+    if not version or len(version) > 64 or not version[0].isdigit() or any(c not in allowed for c in version):
+        raise UsageError(f"not a version: {version!r}", hint="versions look like 42.7; `dhg vm status` lists them")
+    return version
+
+
+def parse_size_mib(text: str) -> int:
+    """MiB of a size such as `2G`, `1536M` or `2048` (MiB). Raises `UsageError` for anything else."""
+    number, unit = text[:-1], text[-1:].upper()
+    if unit.isdigit():
+        number, unit = text, "M"
+    factor = {"M": 1, "G": 1024}.get(unit)
+    if factor is None or not number.isdigit():
+        raise UsageError(f"not a memory size: {text!r}", hint="write it as 2G or 2048M")
+    return int(number) * factor

@@ -1,0 +1,1 @@
+"""The hypervisors, and the probe that picks the acceleration. Engines do not import each other."""

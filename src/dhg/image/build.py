@@ -1,0 +1,272 @@
+"""The build stages, each cached under a key made of all its inputs: base system and kernel, root file system, initramfs.
+
+A stage's result is a directory `cache/<stage>/<key>`. It is made under a temporary name and renamed, so it is there whole or not
+at all; a lock a stage keeps two builds of the same thing from running at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .. import config, proc
+from ..errors import HostError, ImageError
+from . import kernel
+
+SUITE = "bookworm"
+PACKAGES = ("python3-minimal", "libpython3.11", "openjdk-17-jre-headless", "busybox-static", "ca-certificates")
+KERNEL_PACKAGE = "linux-image-cloud-amd64"
+#: The guest's Python, for which the wheels are chosen whatever Python the host has.
+GUEST_PYTHON = "3.11"
+WHEEL_PLATFORMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 26, 27, 28, 31, 34, 35, 36)) + (
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+    "manylinux2010_x86_64",
+)
+SITE = "usr/local/lib/python3.11/dist-packages"
+
+Report = Callable[[str], None]
+
+# What of the base system no script reads. The copyright files stay.
+_SLIM = (
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+    # Not the folder itself: the JRE's postinst puts a link into man1.
+    "path-exclude=/usr/share/man/*/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/locale/*",
+)
+
+_FETCH_KERNEL = """set -e
+cd "$1"
+mkdir -p dhg-kernel
+pkg=$(chroot . apt-cache depends {meta} | sed -n 's/^ *Depends: \\(linux-image-[0-9].*\\)$/\\1/p' | head -n 1)
+[ -n "$pkg" ] || {{ echo "no kernel package behind {meta}" >&2; exit 1; }}
+chroot . sh -c "cd /dhg-kernel && apt-get download $pkg"
+chroot . dpkg-query -W -f '${{Package}}=${{Version}}\\n' > dhg-kernel/packages
+"""
+
+
+def stage_key(*inputs: str) -> str:
+    """The name of a stage's result: 16 hexadecimal digits of a hash over all its inputs."""
+    return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (made if need be); waits for whoever holds it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def private_dir(path: str) -> str:
+    """Make a directory that only its owner can enter, with those above it."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"cannot make {path}: {error.strerror}", hint="set DHG_HOME to a writable directory") from error
+    return path
+
+
+def cached(stage: str, key: str, build: Callable[[str], None]) -> str:
+    """The directory of a stage's result; calls `build(tmp_dir)` if it is not there yet."""
+    root = private_dir(f"{config.cache_dir()}/{stage}")
+    result = f"{root}/{key}"
+    if os.path.isdir(result):
+        return result
+    with locked(f"{root}/.lock"):
+        if os.path.isdir(result):
+            return result
+        tmp = f"{root}/.tmp-{key}"
+        remove_tree(tmp)
+        os.mkdir(tmp, 0o700)
+        try:
+            build(tmp)
+            _sync_tree(tmp)
+            os.rename(tmp, result)
+        except BaseException:
+            remove_tree(tmp)
+            raise
+        sync_dir(root)
+    return result
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory whatever the modes in it are. Does nothing if it is not there."""
+
+    def retry(function: Callable[[str], object], name: str, _: object) -> None:
+        try:
+            os.chmod(os.path.dirname(name), 0o700)
+            function(name)
+        except OSError:
+            pass
+
+    if os.path.lexists(path):
+        shutil.rmtree(path, onerror=retry)
+
+
+def sync_dir(path: str) -> None:
+    """fsync a directory, so that the names in it survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: str) -> None:
+    """fsync a file."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_tree(path: str) -> None:
+    for name in os.listdir(path):
+        if os.path.isfile(f"{path}/{name}"):
+            sync_file(f"{path}/{name}")
+    sync_dir(path)
+
+
+def _debian_argv(target: str, hook: str) -> list[str]:
+    argv = ["mmdebstrap", "--variant=minbase", "--include=" + ",".join(PACKAGES)]
+    argv += [f"--dpkgopt={option}" for option in _SLIM]
+    argv += [f"--customize-hook={hook}", SUITE, target]
+    mirror = os.environ.get("DHG_DEBIAN_MIRROR")
+    if mirror:
+        argv.append(mirror)
+    return argv
+
+
+def base_system(log: str) -> str:
+    """Stage 1: directory with `root.tar` (Debian with Python and a JRE) and `kernel/` (the kernel package, unpacked)."""
+
+    def build(tmp: str) -> None:
+        hook = f"{tmp}/hook"
+        with open(hook, "w") as file:
+            file.write("#!/bin/sh\n" + _FETCH_KERNEL.format(meta=KERNEL_PACKAGE))
+        os.chmod(hook, 0o700)
+        os.chmod(tmp, 0o755)
+        env = proc.minimal_env({name: value for name, value in os.environ.items() if name.endswith("_proxy")})
+        # Not under the user's umask or in a directory that a mapped user cannot enter: mmdebstrap writes to stdout's file.
+        proc.run(_debian_argv(f"{tmp}/root.tar", hook), timeout_s=1800, log=log, env=env)
+        os.unlink(hook)
+        os.mkdir(f"{tmp}/unpack")
+        proc.run(["tar", "-xf", f"{tmp}/root.tar", "-C", f"{tmp}/unpack", "./dhg-kernel", "./usr/bin/busybox", "./bin"], timeout_s=120, log=log)
+        packages = sorted(name for name in os.listdir(f"{tmp}/unpack/dhg-kernel") if name.endswith(".deb"))
+        if len(packages) != 1:
+            raise ImageError(f"expected one kernel package, got {packages}")
+        proc.run(["dpkg-deb", "-x", f"{tmp}/unpack/dhg-kernel/{packages[0]}", f"{tmp}/kernel"], timeout_s=120, log=log)
+        os.rename(f"{tmp}/unpack/dhg-kernel/packages", f"{tmp}/packages")
+        with open(f"{tmp}/packages", "a") as file:
+            name, version = packages[0].split("_")[:2]
+            file.write(f"{name}={version.replace('%3a', ':')}\n")
+        shutil.copy(f"{tmp}/unpack/usr/bin/busybox", f"{tmp}/busybox")
+        remove_tree(f"{tmp}/unpack")
+        os.chmod(tmp, 0o700)
+
+    return cached("base", stage_key(SUITE, *PACKAGES, KERNEL_PACKAGE, *_SLIM, _FETCH_KERNEL), build)
+
+
+def resolve_version(version: str) -> str:
+    """A Deephaven version: itself, or what the package index has newest for `latest`."""
+    if version != "latest":
+        return config.check_version(version)
+    text = proc.run([sys.executable, "-m", "pip", "index", "versions", "deephaven-server"], timeout_s=120, env=_pip_env())
+    start = text.find("(")
+    if start < 0:
+        raise ImageError("the package index does not say which deephaven-server is the latest", detail=text)
+    return config.check_version(text[start + 1 : text.index(")", start)])
+
+
+def _pip_env() -> dict[str, str]:
+    extra = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name.endswith("_proxy")}
+    extra.update({name: os.environ[name] for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE") if name in os.environ})
+    return proc.minimal_env(extra)
+
+
+def pip_argv(target: str, version: str) -> list[str]:
+    """The command that installs `deephaven-server` for the guest's Python, whatever the host's is."""
+    argv = [sys.executable, "-m", "pip", "install", "--no-input", "--no-compile", "--target", target]
+    argv += ["--python-version", GUEST_PYTHON, "--implementation", "cp", "--only-binary=:all:"]
+    for platform in WHEEL_PLATFORMS:
+        argv += ["--platform", platform]
+    argv += ["--root-user-action=ignore", f"deephaven-server=={version}"]
+    return argv
+
+
+def root_image(base: str, version: str, log: str) -> str:
+    """Stage 2: directory with `root.erofs` (base system and Deephaven), `packages.json` (every package in it)."""
+
+    def build(tmp: str) -> None:
+        tree = f"{tmp}/tree"
+        os.mkdir(tree)
+        proc.run(
+            ["tar", "-xf", f"{base}/root.tar", "-C", tree, "--exclude=./dev/*", "--exclude=./dhg-kernel", "--no-same-owner"],
+            timeout_s=300,
+            log=log,
+        )
+        site = f"{tree}/{SITE}"
+        os.makedirs(site, exist_ok=True)
+        proc.run(pip_argv(site, version), timeout_s=1800, log=log, env=_pip_env())
+        # Compiled by the guest's own Python: the host's may be another version.
+        chroot = ["chroot", tree] if os.geteuid() == 0 else ["unshare", "-r", "chroot", tree]
+        clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+        compile_all = ["/usr/bin/python3", "-m", "compileall", "-q", "-j0", "/" + SITE, "/usr/lib/python3.11"]
+        try:
+            proc.run([*chroot, *compile_all], timeout_s=900, log=log, env=clean)
+        except proc.CommandFailed as error:
+            # compileall counts any file that is no Python 3 (test data of some package) as a failure.
+            if error.status != 1:
+                raise
+        packages = _guest_packages(base, site)
+        with open(f"{tmp}/packages.json", "w") as file:
+            json.dump(packages, file, indent=1, sort_keys=True)
+        proc.run(["mkfs.erofs", "-d0", "-T0", "--all-root", f"{tmp}/root.erofs", tree], timeout_s=600, log=log)
+        remove_tree(tree)
+
+    with open(f"{base}/packages") as file:
+        key = stage_key(version, GUEST_PYTHON, SITE, os.path.basename(base), file.read())
+    return cached("image", key, build)
+
+
+def _guest_packages(base: str, site: str) -> dict[str, dict[str, str]]:
+    with open(f"{base}/packages") as file:
+        debian = dict(line.split("=", 1) for line in file.read().split())
+    python = {}
+    for name in os.listdir(site):
+        if name.endswith(".dist-info"):
+            package, _, version = name[: -len(".dist-info")].rpartition("-")
+            python[package] = version
+    return {"debian": debian, "python": python}
+
+
+def kernel_image(base: str) -> str:
+    """Path of the bzImage in a base stage."""
+    boot = f"{base}/kernel/boot"
+    names = [name for name in os.listdir(boot) if name.startswith("vmlinuz-")]
+    if len(names) != 1:
+        raise ImageError(f"expected one kernel in {boot}, got {names}")
+    return f"{boot}/{names[0]}"
+
+
+def initramfs(base: str) -> tuple[bytes, str]:
+    """Stage 3, made in memory: the initramfs, and the digest of the guest's own files in it."""
+    files = kernel.guest_files()
+    with open(f"{base}/busybox", "rb") as file:
+        busybox = file.read()
+    data = kernel.base_initramfs(kernel.module_files(f"{base}/kernel"), busybox)
+    digest = hashlib.sha256(b"\0".join(name.encode() + b"\0" + files[name] for name in sorted(files))).hexdigest()
+    return data + kernel.guest_archive(files), digest

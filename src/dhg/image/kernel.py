@@ -1,0 +1,101 @@
+"""The guest kernel: Debian's cloud kernel, its modules in load order, and the initramfs made of them."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import ImageError
+from .cpio import Archive
+
+#: What the guest needs beyond what is built in. fuse: the host's files; vsock: the channel under Firecracker.
+MODULES = (
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_net",
+    "vmw_vsock_virtio_transport",
+    "overlay",
+    "erofs",
+    "fuse",
+)
+
+
+def module_files(tree: str) -> dict[str, str]:
+    """Path of every module in an unpacked kernel package, by its name with underscores."""
+    found = {}
+    for folder, _, names in os.walk(tree):
+        for name in names:
+            if name.endswith(".ko"):
+                found[name[:-3].replace("-", "_")] = os.path.join(folder, name)
+    return found
+
+
+def dependencies(path: str) -> list[str]:
+    """The modules that a module names in its .modinfo section (what depmod reads, too)."""
+    with open(path, "rb") as file:
+        data = file.read()
+    at = data.find(b"\0depends=")
+    if at < 0:
+        at = data.find(b"depends=") - 1
+    if at < -1:
+        return []
+    value = data[at + 9 : data.index(b"\0", at + 9)].decode()
+    return [name.replace("-", "_") for name in value.split(",") if name]
+
+
+def load_order(files: dict[str, str], wanted: tuple[str, ...] = MODULES) -> list[str]:
+    """`wanted` and all they depend on, each after what it needs. Raises `ImageError` for a module that is not there.
+
+    A wanted module that the kernel has built in (and so has no file) is left out; a dependency must be there.
+    """
+    order: list[str] = []
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in order:
+            return
+        if name in trail:
+            raise ImageError(f"kernel modules depend on each other in a circle: {' > '.join((*trail, name))}")
+        path = files.get(name)
+        if path is None:
+            raise ImageError(f"the kernel package has no module {name}, which {trail[-1]} needs")
+        for needed in dependencies(path):
+            visit(needed, (*trail, name))
+        order.append(name)
+
+    for name in wanted:
+        if name in files:
+            visit(name, ())
+    return order
+
+
+def base_initramfs(files: dict[str, str], busybox: bytes) -> bytes:
+    """The archive with busybox and the modules; the runner's files are a second archive, `guest_archive`."""
+    archive = Archive()
+    archive.file("bin/busybox", busybox, mode=0o755)
+    order = load_order(files)
+    for name in order:
+        with open(files[name], "rb") as file:
+            archive.file(f"modules/{name}.ko", file.read())
+    archive.file("modules/order", "".join(f"{name}.ko\n" for name in order).encode())
+    return archive.bytes()
+
+
+def guest_files() -> dict[str, bytes]:
+    """The guest's own files by name in the initramfs: init, the runner, the frame format."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    files = {}
+    for name in sorted(os.listdir(package + "/guest")):
+        if name == "initramfs-init" or name == "init" or (name.endswith(".py") and name != "__init__.py"):
+            with open(f"{package}/guest/{name}", "rb") as file:
+                files["init" if name == "initramfs-init" else f"dhg/{name}"] = file.read()
+    with open(f"{package}/wire/frames.py", "rb") as file:
+        files["dhg/frames.py"] = file.read()
+    return files
+
+
+def guest_archive(files: dict[str, bytes]) -> bytes:
+    """The second archive of the initramfs."""
+    archive = Archive()
+    for name, data in files.items():
+        archive.file(name, data, mode=0o755 if name == "init" else 0o644)
+    return archive.bytes()

@@ -1,0 +1,199 @@
+"""The only place that spawns processes. On the hot path: imports `os`, `signal` (built in) and `select` only.
+
+A child has its own process group, stdin from /dev/null, a minimal environment, and exactly the descriptors it was
+given. Every wait has a deadline. Leaving a `Process` is TERM, a grace period, KILL, reap.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Mapping, Sequence
+
+from .errors import DeadlineExceeded, DhgError, HostError
+
+# The numbers of the `signal` module, whose import builds enums.
+SIGINT, SIGKILL, SIGPIPE, SIGTERM = 2, 9, 13, 15
+
+MINIMAL_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "USER", "LOGNAME")
+
+
+class CommandFailed(DhgError):
+    """A program ended with a status other than zero."""
+
+    def __init__(self, argv: Sequence[str], status: int, output: str) -> None:
+        super().__init__(f"{argv[0]} ended with status {status}", detail=output or None)
+        self.argv = list(argv)
+        self.status = status
+
+
+def minimal_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables of ours that a child gets, and `extra`."""
+    env = {name: os.environ[name] for name in MINIMAL_ENV if name in os.environ}
+    env.setdefault("PATH", os.defpath)
+    if extra:
+        env.update(extra)
+    return env
+
+
+def find_program(name: str, *, path: str | None = None) -> str | None:
+    """The path of an executable; system directories are searched even when PATH lacks them."""
+    if "/" in name:
+        return name if os.access(name, os.X_OK) and os.path.isfile(name) else None
+    places = (path or os.environ.get("PATH", os.defpath)).split(":") + ["/usr/sbin", "/sbin", "/usr/bin", "/bin"]
+    for place in places:
+        candidate = f"{place}/{name}"
+        if place and os.access(candidate, os.X_OK) and os.path.isfile(candidate):
+            return candidate
+    return None
+
+
+class Process:
+    """A running child. Use as a context manager; leaving it ends the child and reaps it."""
+
+    __slots__ = ("argv", "pid", "pidfd", "status")
+
+    def __init__(self, pid: int, argv: Sequence[str]) -> None:
+        self.pid = pid
+        self.argv = argv
+        self.pidfd = os.pidfd_open(pid)
+        #: Exit status, or minus the signal that ended it; None while it runs.
+        self.status: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status if the child has ended."""
+        return self._reap(os.WNOHANG)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit status, or None if the child still runs after `timeout_s` seconds."""
+        if self.status is None:
+            poller = select.poll()
+            poller.register(self.pidfd, select.POLLIN)
+            if not poller.poll(timeout_s * 1000):
+                return None
+        return self._reap(0)
+
+    def kill(self) -> None:
+        """KILL the child and reap it. Does nothing if it has ended."""
+        if self.status is None:
+            os.kill(self.pid, SIGKILL)
+            self._reap(0)
+
+    def stop(self, *, grace_s: float = 2.0) -> None:
+        """TERM the child's process group, KILL it after `grace_s` seconds, reap."""
+        if self.status is None:
+            _signal_group(self.pid, SIGTERM)
+            if self.wait(grace_s) is None:
+                _signal_group(self.pid, SIGKILL)
+                self._reap(0)
+        self.close()
+
+    def close(self) -> None:
+        """Give the pidfd back. The child must have been reaped."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _reap(self, flags: int) -> int | None:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, flags)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+        return self.status
+
+
+def _signal_group(pid: int, number: int) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    fds: Mapping[int, int] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Process:
+    """Start `argv[0]` (a path).
+
+    `fds` maps the child's descriptor numbers to ours; 0 defaults to /dev/null, 1 and 2 are ours where not named.
+    Raises `HostError` if it cannot be started.
+    """
+    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = []
+    given = fds or {}
+    if 0 not in given:
+        actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0))
+    for number, ours in given.items():
+        actions.append((os.POSIX_SPAWN_DUP2, ours, number))
+    try:
+        pid = os.posix_spawn(
+            argv[0],
+            argv,
+            minimal_env() if env is None else env,
+            file_actions=actions,
+            setpgroup=0,
+            setsigmask=(),
+            setsigdef=(SIGINT, SIGPIPE, SIGTERM),
+        )
+    except OSError as error:
+        raise HostError(f"cannot start {argv[0]}: {error.strerror}") from error
+    return Process(pid, argv)
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    log: str | None = None,
+) -> str:
+    """Run a program to its end and return its stdout (with stderr), or append both to the file `log`.
+
+    Raises `CommandFailed` for a status other than zero, `DeadlineExceeded` after `timeout_s` seconds, `HostError` if
+    the program is not there. No child is left in any case.
+    """
+    program = find_program(argv[0])
+    if program is None:
+        raise HostError(f"program not found: {argv[0]}")
+    out = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600) if log else os.memfd_create("dhg-output")
+    try:
+        start = os.lseek(out, 0, os.SEEK_END)
+        with spawn([program, *argv[1:]], fds={1: out, 2: out}, env=env) as child:
+            status = child.wait(timeout_s)
+            if status is None:
+                child.stop()
+        text = os.pread(out, 16 << 20, start).decode("utf-8", "replace")
+    finally:
+        os.close(out)
+    if status is None:
+        raise DeadlineExceeded(f"{argv[0]} did not end within {timeout_s:g} s", detail=tail(text))
+    if status:
+        raise CommandFailed([program, *argv[1:]], status, tail(text))
+    return text
+
+
+def tail(text: str, lines: int = 20) -> str:
+    """The last `lines` lines of `text`."""
+    return "\n".join(text.rstrip().splitlines()[-lines:])
+
+
+class Deadline:
+    """A point on the monotonic clock; `left()` are the seconds until then, at least 0."""
+
+    __slots__ = ("at", "timeout_s")
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.at = time.monotonic() + timeout_s
+
+    def left(self) -> float:
+        """Seconds left, 0 when it has passed."""
+        return max(0.0, self.at - time.monotonic())

@@ -1,0 +1,162 @@
+"""The frame format of the control channel. Host and guest share this file: standard library only.
+
+A frame:
+
+    offset  bytes  field
+    0       1      kind (the constants below)
+    1       3      zero
+    4       4      length of the payload, unsigned little-endian, at most MAX_PAYLOAD
+    8       ...    payload
+
+The payload of most frames is a list of fields:
+
+    offset  bytes  field
+    0       1      key (the constants below); a key may occur several times, in order
+    1       3      zero
+    4       4      length of the value, unsigned little-endian
+    8       ...    value: bytes; text is UTF-8 (surrogateescape), numbers are signed 64-bit little-endian
+
+Only control travels in frames. The script's stdin, stdout and stderr have a channel of their own each, and
+carry nothing but the script's bytes (and, at the end of stdout and stderr, the end mark of the request).
+
+What arrives is not trusted: a decoder raises `FrameError` at the first byte that is out of order, and never
+holds more than MAX_PAYLOAD plus one read.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+#: The version of this format; the guest's HELLO carries it, the host refuses another.
+PROTOCOL = 1
+
+MAX_PAYLOAD = 64 * 1024 * 1024
+
+_HEAD = Struct("<B3xI")
+_INT = Struct("<q")
+HEAD_SIZE = _HEAD.size
+
+# Kinds, guest to host.
+HELLO = 1  # the runner is up, warm, and waits for a request
+RESULT = 2  # the script is done; the last frame
+LOG = 3  # one line about the progress of the warm-up
+DIED = 4  # init's last word: the runner's process is gone, F_EXIT is its status as the shell gives it
+
+# Kinds, host to guest.
+REQUEST = 16  # run this script
+INTERRUPT = 17  # raise KeyboardInterrupt in the script
+
+KINDS = frozenset((HELLO, RESULT, LOG, DIED, REQUEST, INTERRUPT))
+
+# Fields of HELLO.
+F_PROTOCOL = 1
+F_VERSIONS = 2  # "name=version", one a field
+
+# Fields of LOG.
+F_TEXT = 8
+
+# Fields of REQUEST.
+F_SOURCE = 16
+F_FILENAME = 17
+F_ARG = 18  # sys.argv[1:], one a field
+F_ENV = 19  # NAME=VALUE, one a field
+F_TIME_NS = 20  # the host's wall clock
+F_ENTROPY = 21
+F_END_MARK = 22  # the bytes that close stdout and stderr
+F_FLAGS = 23  # the sum of the flags below
+
+FLAG_STDIN = 1  # the stdin channel carries data; otherwise stdin is /dev/null
+FLAG_TIMING = 2  # fill in the timing fields of RESULT
+
+# Fields of RESULT.
+F_EXIT = 32
+F_READY_NS = 33  # from the wake-up of the runner to the release of the script
+F_SCRIPT_NS = 34  # from there to its end
+
+
+class FrameError(Exception):
+    """The bytes are no valid frame."""
+
+
+def frame(kind: int, payload: bytes = b"") -> bytes:
+    """The bytes of one frame. Raises `FrameError` where the payload is larger than MAX_PAYLOAD."""
+    if len(payload) > MAX_PAYLOAD:
+        raise FrameError(f"payload of {len(payload)} bytes; at most {MAX_PAYLOAD}")
+    return _HEAD.pack(kind, len(payload)) + payload
+
+
+def field(key: int, value: bytes | str | int) -> bytes:
+    """The bytes of one field."""
+    if isinstance(value, int):
+        value = _INT.pack(value)
+    elif isinstance(value, str):
+        value = value.encode("utf-8", "surrogateescape")
+    return _HEAD.pack(key, len(value)) + value
+
+
+def fields(payload: bytes) -> dict[int, list[bytes]]:
+    """The fields of a payload, by key, in order. Raises `FrameError` where it is malformed."""
+    result: dict[int, list[bytes]] = {}
+    at, end = 0, len(payload)
+    while at < end:
+        if end - at < HEAD_SIZE:
+            raise FrameError(f"half a field at byte {at}")
+        if payload[at + 1 : at + 4] != b"\0\0\0":
+            raise FrameError(f"padding that is not zero at byte {at + 1}")
+        key, size = _HEAD.unpack_from(payload, at)
+        at += HEAD_SIZE
+        if size > end - at:
+            raise FrameError(f"field {key} of {size} bytes in {end - at}")
+        result.setdefault(key, []).append(payload[at : at + size])
+        at += size
+    return result
+
+
+def integer(value: bytes) -> int:
+    """The number in a field's value. Raises `FrameError` where it is none."""
+    if len(value) != _INT.size:
+        raise FrameError(f"number of {len(value)} bytes")
+    number: int = _INT.unpack(value)[0]
+    return number
+
+
+def text(value: bytes) -> str:
+    """The text in a field's value; bytes that are no UTF-8 become lone surrogates."""
+    return value.decode("utf-8", "surrogateescape")
+
+
+def head(data: bytes | bytearray) -> tuple[int, int]:
+    """Kind and payload size of the frame that `data` (at least HEAD_SIZE bytes) begins with."""
+    kind, size = _HEAD.unpack_from(data)
+    if kind not in KINDS or data[1:4] != b"\0\0\0":
+        raise FrameError(f"no frame begins with {bytes(data[:HEAD_SIZE]).hex()}")
+    if size > MAX_PAYLOAD:
+        raise FrameError(f"payload of {size} bytes; at most {MAX_PAYLOAD}")
+    return kind, size
+
+
+class Decoder:
+    """Turns a stream of bytes into frames: `feed` what arrived, get the frames that are whole."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        """The frames that are complete with `data`, as (kind, payload). Raises `FrameError`."""
+        buffer = self._data
+        buffer += data
+        result = []
+        while len(buffer) >= HEAD_SIZE:
+            kind, size = head(buffer)
+            if len(buffer) < HEAD_SIZE + size:
+                break
+            result.append((kind, bytes(buffer[HEAD_SIZE : HEAD_SIZE + size])))
+            del buffer[: HEAD_SIZE + size]
+        return result
+
+    @property
+    def pending(self) -> int:
+        """How many bytes of an incomplete frame are held."""
+        return len(self._data)
