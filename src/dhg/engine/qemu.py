@@ -19,7 +19,7 @@ from .. import proc
 from ..errors import DeadlineExceeded, MachineError, SnapshotError
 
 # Descriptor numbers in QEMU, the same in every run, so that the command line is, too.
-FD_QMP, FD_CONTROL, FD_STDOUT, FD_STDERR, FD_STDIN, FD_STATE, FD_CONSOLE = range(200, 207)
+FD_QMP, FD_CONTROL, FD_STDOUT, FD_STDERR, FD_STDIN, FD_STATE, FD_CONSOLE, FD_LOCK = range(200, 208)
 CHANNELS = (("control", FD_CONTROL), ("stdout", FD_STDOUT), ("stderr", FD_STDERR), ("stdin", FD_STDIN))
 
 #: The kernel command line. tsc_early_khz is appended: without a TSC of known frequency a TCG guest has a 4 ms clock.
@@ -270,9 +270,11 @@ def _send_fd(sock: _socket.socket, data: bytes, fd: int) -> None:
     sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, "little"))])
 
 
-def start(argv: Sequence[str], *, state: int, console: int) -> Vm:
-    """Start QEMU for a restore and ask it to load the device state from the descriptor `state`; does not wait."""
-    vm = Vm(argv, extra={FD_STATE: state, 1: console, 2: console, FD_CONSOLE: console})
+def start(argv: Sequence[str], *, state: int, console: int, lock: int) -> Vm:
+    """Start QEMU for a restore and ask it to load the device state from the descriptor `state`; does not wait.
+
+    `lock` is held by QEMU for as long as it lives."""
+    vm = Vm(argv, extra={FD_STATE: state, FD_LOCK: lock, 1: console, 2: console, FD_CONSOLE: console})
     vm.qmp.send(
         CAPABILITIES,
         SET_CAPABILITIES,

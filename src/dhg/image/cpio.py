@@ -29,14 +29,19 @@ class Archive:
         self.directory(name.rpartition("/")[0])
         self._entry(name, 0o100000 | mode, data)
 
+    def device(self, name: str, major: int, minor: int) -> None:
+        """Add a character device, and the directories above it."""
+        self.directory(name.rpartition("/")[0])
+        self._entry(name, 0o020600, b"", device=(major, minor))
+
     def bytes(self) -> bytes:
         """The whole archive."""
         self._entry("TRAILER!!!", 0, b"")
         return b"".join(self._parts)
 
-    def _entry(self, name: str, mode: int, data: bytes) -> None:
+    def _entry(self, name: str, mode: int, data: bytes, *, device: tuple[int, int] = (0, 0)) -> None:
         self._inode += 1
         raw = name.encode() + b"\0"
-        numbers = (self._inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(raw), 0)
+        numbers = (self._inode, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(raw), 0)
         head = b"070701" + b"".join(b"%08x" % number for number in numbers) + raw
         self._parts += [head, b"\0" * (-len(head) % 4), data, b"\0" * (-len(data) % 4)]

@@ -1,0 +1,94 @@
+"""A restored VM as a context manager: restore, run, close. Engine-neutral; on the hot path."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from . import proc
+from .engine import qemu
+from .errors import MachineError
+from .snapshot import store
+from .wire import client
+
+#: How long a restore may take before it counts as hung.
+RESTORE_TIMEOUT_S = 60.0
+
+
+class Machine:
+    """A VM restored from `snapshot`, waiting for a request. Made by `restore`; leaving the context kills it."""
+
+    def __init__(self, snapshot: store.Snapshot) -> None:
+        #: Phases in milliseconds, in order.
+        self.phases: dict[str, float] = {}
+        self.snapshot = snapshot
+        self._clock = time.monotonic_ns()
+        state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
+        null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._vm = qemu.start(snapshot.argv, state=state, console=null, lock=snapshot.lock)
+        finally:
+            os.close(state)
+            os.close(null)
+        self._phase("spawn")
+
+    def _phase(self, name: str) -> None:
+        now = time.monotonic_ns()
+        self.phases[name] = (now - self._clock) / 1e6
+        self._clock = now
+
+    def run(
+        self,
+        request: client.Request,
+        *,
+        stdout: client.Sink,
+        stderr: client.Sink,
+        timeout_s: float | None = None,
+        stdin: int | None = None,
+    ) -> client.Result:
+        """Resume the VM and run `request` in it; once only. `stdin` is a descriptor to pass on if the request says so.
+
+        Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
+        """
+        vm = self._vm
+        deadline = proc.Deadline(RESTORE_TIMEOUT_S)
+        try:
+            qemu.wait_loaded(vm, deadline=deadline)
+            self._phase("state load")
+            qemu.resume(vm, deadline=deadline)
+            self._phase("resume")
+        except MachineError as error:
+            hint = f"run `{self.snapshot.argv[0]} --version`; if it works, {store.prepare_hint(self.snapshot.version)} --force"
+            raise MachineError(f"the VM could not be restored: {error}", hint=hint, detail=error.detail) from error
+        session = client.Session(vm.control, vm.stdout, vm.stderr)
+        source = None if stdin is None or not request.stdin else (stdin, vm.stdin)
+        result = session.run(request, stdout=stdout, stderr=stderr, timeout_s=timeout_s, stdin=source)
+        now = time.monotonic_ns()
+        whole = (now - self._clock) / 1e6
+        self.phases["guest ready"] = result.ready_ns / 1e6
+        self.phases["script"] = result.script_ns / 1e6
+        self.phases["wake-up and result"] = whole - (result.ready_ns + result.script_ns) / 1e6
+        self._clock = now
+        return result
+
+    def close(self) -> None:
+        """Kill the VM and reap it."""
+        self._vm.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def restore(version: str | None = None, *, engine: str = "qemu") -> Machine:
+    """Start restoring the snapshot of `version` (default: `DHG_VERSION`, then the newest); does not wait for it.
+
+    Raises `SnapshotMissing`, `SnapshotError`, `HostError`.
+    """
+    snapshot = store.open_snapshot(version, engine=engine)
+    try:
+        return Machine(snapshot)
+    finally:
+        os.close(snapshot.lock)

@@ -1,0 +1,1 @@
+"""Snapshots: where they are, what is in them, how they are made."""

@@ -1,0 +1,340 @@
+"""`prepare`: builds the stages, boots the image, waits for the warm-up, freezes, tries the result, puts it in place."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import select
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from .. import __version__, config, proc
+from ..engine import probe, qemu
+from ..errors import DeadlineExceeded, DhgError, HostError, ProtocolError, SnapshotError
+from ..image import build as image
+from ..wire import client, frames
+from . import store
+
+#: From power-on to HELLO: two minutes under TCG on two busy cores; more on a machine that does other things, too.
+BOOT_TIMEOUT_S = 900.0
+BLOCK = 4096
+
+#: Called with a stage's name when it starts, and with more about it while it lasts.
+Progress = Callable[[str, str], None]
+
+PROGRAMS = {
+    "mmdebstrap": "mmdebstrap",
+    "mkfs.erofs": "erofs-utils",
+    "tar": "tar",
+    "dpkg-deb": "dpkg",
+}
+
+
+def check_host(memory_mib: int) -> None:
+    """What `prepare` needs is there: programs, disk, memory. Raises `HostError` that says what to install or free."""
+    missing = [package for program, package in PROGRAMS.items() if proc.find_program(program) is None]
+    if missing:
+        raise HostError(f"missing programs; packages: {', '.join(missing)}", hint=f"apt-get install {' '.join(missing)}")
+    probe.qemu_path()
+    root = image.private_dir(config.home())
+    free = shutil.disk_usage(root).free
+    needed = 5 * 1024**3
+    if free < needed:
+        raise HostError(f"{free >> 20} MiB free in {root}; a first prepare takes {needed >> 20}", hint="free some, or set DHG_HOME")
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) >> 10 for line in file if line.startswith("MemAvailable:"))
+    if available < memory_mib + 256:
+        raise HostError(f"{available} MiB of memory available; the VM takes {memory_mib} and QEMU some 200")
+
+
+def pick_acceleration(asked: str, base: str) -> tuple[str, str]:
+    """kvm or tcg, and why. Raises `HostError` if KVM was asked for and does not work."""
+    if asked == "tcg":
+        return "tcg", "asked for"
+    found = probe.kvm(probe.qemu_path(), image.kernel_image(base), f"{base}/busybox")
+    if found.usable:
+        return "kvm", found.reason
+    if asked == "kvm":
+        raise HostError(f"KVM does not work here: {found.reason}", hint="leave --accel kvm out: software emulation (TCG) works everywhere")
+    return "tcg", found.reason
+
+
+def prepare(
+    *,
+    version: str | None,
+    memory_mib: int = config.DEFAULT_MEMORY_MIB,
+    vcpus: int = config.DEFAULT_VCPUS,
+    accel: str = "auto",
+    force: bool = False,
+    progress: Progress,
+) -> str:
+    """Make the snapshot of a Deephaven version unless one of the same inputs is there; the generation's path.
+
+    `version` is a release, `latest`, or None for the one this dhg was tested with. After a failure nothing but the caches of
+    the stages that succeeded remains; an older snapshot stays in place.
+    """
+    progress("check", "programs, disk, memory")
+    check_host(memory_mib)
+    version = image.resolve_version(version or config.DEFAULT_DEEPHAVEN)
+    log = f"{image.private_dir(config.home() + '/log')}/prepare-{version}.log"
+    with open(log, "w"):
+        pass
+    progress("base system", "Debian, a JRE, the kernel")
+    base = image.base_system(log)
+    progress("root image", f"Deephaven {version}")
+    root = image.root_image(base, version, log)
+    progress("acceleration", "")
+    accel, reason = pick_acceleration(accel, base)
+    progress("acceleration", f"{accel} ({reason})")
+    initramfs, runner = image.initramfs(base)
+    binary = probe.qemu_path()
+    folder = image.private_dir(f"{config.snapshots_dir()}/{version}")
+    inputs: dict[str, Any] = {
+        "deephaven": version,
+        "engine": "qemu",
+        "engine_path": os.path.realpath(binary),
+        "engine_version": probe.qemu_version(binary),
+        "accel": accel,
+        "memory_mib": memory_mib,
+        "vcpus": vcpus,
+        "kernel": os.path.basename(image.kernel_image(base)),
+        "kernel_args": qemu.KERNEL_ARGS,
+        "initramfs": hashlib.sha256(initramfs).hexdigest(),
+        "runner": runner,
+        "image": os.path.basename(root),
+        "host_cpu": probe.cpu_model() if accel == "kvm" else "",
+    }
+    with image.locked(f"{folder}/.prepare-lock"):
+        link = f"{folder}/qemu"
+        if not force and _same(link, inputs):
+            progress("snapshot", "already there")
+            return os.path.realpath(link)
+        _sweep(folder)
+        name = f".qemu-{secrets.token_hex(6)}"
+        tmp = f"{folder}/{name}.tmp"
+        os.mkdir(tmp, 0o700)
+        try:
+            spec = qemu.Spec(
+                qemu=os.path.realpath(binary),
+                accel=accel,
+                memory_mib=memory_mib,
+                vcpus=vcpus,
+                kernel=image.kernel_image(base),
+                initramfs=f"{folder}/{name}/initramfs",
+                image=f"{root}/root.erofs",
+                tsc_khz=probe.tsc_khz(),
+            )
+            _fill(tmp, f"{folder}/{name}", spec, initramfs, inputs, version, progress)
+            os.rename(tmp, f"{folder}/{name}")
+            image.sync_dir(folder)
+        except BaseException:
+            _keep_console(tmp, log)
+            image.remove_tree(tmp)
+            raise
+        try:
+            progress("trial", "restore it once")
+            _try(f"{folder}/{name}", version)
+        except BaseException:
+            image.remove_tree(f"{folder}/{name}")
+            raise
+        os.symlink(name, f"{link}.tmp")
+        os.replace(f"{link}.tmp", link)
+        image.sync_dir(folder)
+        _sweep(folder)
+    return f"{folder}/{name}"
+
+
+def _same(link: str, inputs: dict[str, Any]) -> bool:
+    try:
+        with open(f"{link}/manifest.json") as file:
+            found = json.load(file)
+        if found.get("inputs") != inputs or found.get("format") != store.FORMAT:
+            return False
+        os.close(store.open_snapshot(inputs["deephaven"]).lock)
+    except (OSError, ValueError, DhgError):
+        return False
+    return True
+
+
+def _sweep(folder: str) -> None:
+    """Remove generations that the link does not point to and no VM uses, and what a killed prepare left."""
+    current = {os.readlink(f"{folder}/{name}") for name in os.listdir(folder) if os.path.islink(f"{folder}/{name}")}
+    for name in os.listdir(folder):
+        if name.endswith(".tmp") and os.path.islink(f"{folder}/{name}"):
+            os.unlink(f"{folder}/{name}")
+        elif name.startswith((".qemu-", ".firecracker-")) and name not in current:
+            remove_generation(f"{folder}/{name}")
+
+
+def remove_generation(path: str) -> bool:
+    """Remove a generation unless a VM of it lives; whether it is gone."""
+    try:
+        fd = os.open(f"{path}/lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        image.remove_tree(path)
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        image.remove_tree(path)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _keep_console(tmp: str, log: str) -> None:
+    try:
+        with open(f"{tmp}/console.log", "rb") as source, open(log, "ab") as target:
+            shutil.copyfileobj(source, target)
+    except OSError:
+        pass
+
+
+def _fill(
+    tmp: str, final: str, spec: qemu.Spec, initramfs: bytes, inputs: dict[str, Any], version: str, progress: Progress
+) -> None:
+    _write(f"{tmp}/initramfs", initramfs)
+    _write(f"{tmp}/lock", b"")
+    console = os.open(f"{tmp}/console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    ram = f"{tmp}/ram.boot"
+    _write(ram, b"")
+    os.truncate(ram, spec.memory_mib << 20)
+    progress("boot", f"{spec.accel}, {spec.memory_mib} MiB, {spec.vcpus} vCPUs")
+    try:
+        with qemu.boot(spec._replace(initramfs=f"{tmp}/initramfs"), ram, console=console) as vm:
+            versions = _wait_hello(vm, progress)
+            progress("freeze", "")
+            qemu.freeze(vm, f"{tmp}/state")
+    except DhgError as error:
+        with open(f"{tmp}/console.log", errors="replace") as file:
+            error.detail = proc.tail(file.read()) or error.detail
+        raise
+    finally:
+        os.close(console)
+    progress("compact", "")
+    digest = copy_sparse(ram, f"{tmp}/ram")
+    os.unlink(ram)
+    files = {"ram": {"size": spec.memory_mib << 20, "disk": os.stat(f"{tmp}/ram").st_blocks * 512, "sha256": digest}}
+    for name in ("state", "initramfs"):
+        with open(f"{tmp}/{name}", "rb") as data:
+            content = data.read()
+        files[name] = {"size": len(content), "disk": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = {
+        "format": store.FORMAT,
+        "dhg": __version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "inputs": inputs,
+        "tsc_khz": spec.tsc_khz,
+        "guest": versions,
+        "files": files,
+    }
+    with open(os.path.dirname(spec.image) + "/packages.json") as packages:
+        manifest["packages"] = json.load(packages)
+    _write(f"{tmp}/manifest.json", json.dumps(manifest, indent=1).encode())
+    checked = [spec.qemu, spec.kernel, spec.image]
+    launch = store.launch_bytes(
+        version=version,
+        engine="qemu",
+        accel=spec.accel,
+        argv=qemu.restore_argv(spec, f"{final}/ram"),
+        checked=checked,
+        own=[(f"{tmp}/{name}", f"{final}/{name}") for name in ("ram", "state", "initramfs")],
+    )
+    _write(f"{tmp}/launch", launch)
+    image.sync_dir(tmp)
+
+
+def _write(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _wait_hello(vm: qemu.Vm, progress: Progress) -> dict[str, str]:
+    """Wait for the guest's HELLO, showing what it logs; the versions it names."""
+    deadline = proc.Deadline(BOOT_TIMEOUT_S)
+    decoder = frames.Decoder()
+    poller = select.poll()
+    poller.register(vm.control.fileno(), select.POLLIN)
+    while True:
+        if not poller.poll(deadline.left() * 1000):
+            raise DeadlineExceeded(f"the guest was not ready within {BOOT_TIMEOUT_S:g} s")
+        try:
+            data = vm.control.recv(65536)
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise SnapshotError("the guest ended before it was ready")
+        try:
+            for kind, payload in decoder.feed(data):
+                found = frames.fields(payload)
+                if kind == frames.LOG:
+                    progress("boot", frames.text(found[frames.F_TEXT][0]))
+                elif kind == frames.HELLO:
+                    protocol = frames.integer(found[frames.F_PROTOCOL][0])
+                    if protocol != frames.PROTOCOL:
+                        raise ProtocolError(f"the guest speaks protocol {protocol}, this dhg {frames.PROTOCOL}")
+                    pairs = (frames.text(value).partition("=") for value in found.get(frames.F_VERSIONS, ()))
+                    return {name: value for name, _, value in pairs}
+        except (frames.FrameError, KeyError) as error:
+            raise ProtocolError(f"the guest sent no valid frame: {error}") from error
+
+
+def copy_sparse(source: str, target: str) -> str:
+    """Copy a file, leaving out blocks that are all zero; the SHA-256 of the whole content."""
+    digest = hashlib.sha256()
+    zeros = bytes(BLOCK)
+    step = 1 << 20
+    blank = bytes(step)
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(source, "rb", buffering=0) as data:
+        size = os.fstat(data.fileno()).st_size
+        try:
+            os.truncate(fd, size)
+            at = 0
+            while chunk := data.read(step):
+                digest.update(chunk)
+                if chunk != blank[: len(chunk)]:
+                    _write_blocks(fd, at, chunk, zeros)
+                at += len(chunk)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    return digest.hexdigest()
+
+
+def _write_blocks(fd: int, at: int, chunk: bytes, zeros: bytes) -> None:
+    start = None
+    for offset in range(0, len(chunk) + BLOCK, BLOCK):
+        block = chunk[offset : offset + BLOCK]
+        if block and block != zeros[: len(block)]:
+            start = offset if start is None else start
+        elif start is not None:
+            os.pwrite(fd, chunk[start:offset], at + start)
+            start = None
+
+
+def _try(path: str, version: str) -> None:
+    """Restore the new generation once and run a line: a VMM that cannot do it must show here, not in `exec`."""
+    from ..machine import Machine
+
+    lock = os.open(f"{path}/lock", os.O_RDONLY | os.O_CLOEXEC)
+    output: list[bytes] = []
+    try:
+        snapshot = store.read(path, version, "qemu", lock)
+        with Machine(snapshot) as machine:
+            result = machine.run(
+                client.Request(b"print(6 * 7)"), stdout=output.append, stderr=output.append, timeout_s=120.0
+            )
+    finally:
+        os.close(lock)
+    if result.exit_code != 0 or b"".join(output) != b"42\n":
+        raise SnapshotError(f"the new snapshot does not run a script: exit {result.exit_code}, {b''.join(output)!r}")

@@ -1,0 +1,172 @@
+"""The snapshot store: layout, lookup, locks, removal. On the hot path: imports `os`, `fcntl` (built in) and the frame format.
+
+    DHG_HOME/snapshots/<version>/<engine>          link to the generation in use
+    DHG_HOME/snapshots/<version>/.<engine>-<hex>/  a generation:
+        launch         what a restore needs (below), written last but for the link
+        manifest.json  every input and checksum, for `dhg vm status` and people
+        ram, state     guest memory (sparse) and device state
+        initramfs      what the guest was booted with
+        lock           held shared by every VM of this generation, also by the VMM itself
+        console.log    the guest's console during prepare
+
+`launch` is a list of fields (see wire/frames.py) so that it is read without a parser that would have to be imported.
+A generation is never changed once the link points to it; a new one takes its place by renaming the link.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import NamedTuple
+
+from .. import config
+from ..errors import SnapshotError, SnapshotMissing
+from ..wire import frames
+
+#: Version of `launch` and of the manifest.
+FORMAT = 1
+
+L_FORMAT = 1
+L_ARG = 2  # the restore's command line, one argument a field
+L_CHECK = 3  # "size mtime_ns path" of a file that must not have changed
+L_ACCEL = 4
+L_VERSION = 5
+L_ENGINE = 6
+L_HOST = 7  # the host's CPU, where the acceleration depends on it
+
+
+class Snapshot(NamedTuple):
+    """A snapshot that is locked against removal; `lock` is a descriptor to pass to the VMM and then close."""
+
+    path: str
+    version: str
+    engine: str
+    accel: str
+    argv: list[str]
+    lock: int
+
+    @property
+    def state(self) -> str:
+        """The device state."""
+        return self.path + "/state"
+
+
+def prepare_hint(version: str | None = None) -> str:
+    """The command that makes a snapshot."""
+    return "run `dhg vm prepare" + (f" --version {version}" if version else "") + "`"
+
+
+def versions() -> list[str]:
+    """The versions that have a snapshot, newest snapshot first."""
+    root = config.snapshots_dir()
+    found = []
+    try:
+        names = os.listdir(root)
+    except OSError:
+        return []
+    for name in names:
+        try:
+            newest = max(os.stat(f"{root}/{name}/{engine}").st_mtime_ns for engine in ("qemu", "firecracker") if os.path.exists(f"{root}/{name}/{engine}"))
+        except (OSError, ValueError):
+            continue
+        found.append((newest, name))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def resolve_version(version: str | None) -> str:
+    """The version to use: `version`, `DHG_VERSION`, or that of the newest snapshot. Raises `SnapshotMissing`."""
+    version = version or os.environ.get("DHG_VERSION")
+    if version:
+        return config.check_version(version)
+    found = versions()
+    if not found:
+        raise SnapshotMissing("there is no snapshot yet", hint=prepare_hint())
+    return found[0]
+
+
+def open_snapshot(version: str | None = None, *, engine: str = "qemu") -> Snapshot:
+    """Look a snapshot up, check that it fits, and lock it against removal.
+
+    Raises `SnapshotMissing` if there is none of that version, `SnapshotError` if it is damaged or does not fit this host.
+    """
+    version = resolve_version(version)
+    link = f"{config.snapshots_dir()}/{version}/{engine}"
+    # A prepare may replace the generation between our look at the link and our lock.
+    for _ in range(10):
+        try:
+            path = os.path.dirname(link) + "/" + os.readlink(link)
+        except OSError:
+            raise SnapshotMissing(f"there is no snapshot of Deephaven {version}", hint=prepare_hint(version)) from None
+        lock = _lock(path + "/lock")
+        if lock is None:
+            continue
+        try:
+            return read(path, version, engine, lock)
+        except FileNotFoundError:
+            os.close(lock)
+        except BaseException:
+            os.close(lock)
+            raise
+    raise SnapshotError(f"the snapshot of Deephaven {version} is being replaced over and over", hint="try again")
+
+
+def _lock(path: str) -> int | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
+    """The snapshot in the directory `path`, checked. Raises `SnapshotError`, `FileNotFoundError`."""
+    damaged = f"the snapshot of Deephaven {version} is damaged"
+    hint = prepare_hint(version) + " to make it anew"
+    fd = os.open(path + "/launch", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.read(fd, 1 << 20)
+    finally:
+        os.close(fd)
+    try:
+        found = frames.fields(data)
+        form = frames.integer(found[L_FORMAT][0])
+        if form != FORMAT:
+            raise SnapshotError(f"{path} has format {form}; this dhg reads {FORMAT}", hint=hint)
+        argv = [os.fsdecode(value) for value in found[L_ARG]]
+        checks = [value.split(b" ", 2) for value in found[L_CHECK]]
+        accel = frames.text(found[L_ACCEL][0])
+        for size, mtime_ns, name in checks:
+            seen = stat_check(os.fsdecode(name))
+            if seen != (int(size), int(mtime_ns)):
+                what = "is gone" if seen is None else "has changed since"
+                raise SnapshotError(f"the snapshot of Deephaven {version} does not fit: {os.fsdecode(name)} {what}", hint=hint)
+    except (frames.FrameError, KeyError, ValueError) as error:
+        raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
+    return Snapshot(path, version, engine, accel, argv, lock)
+
+
+def stat_check(path: str) -> tuple[int, int] | None:
+    """Size and modification time of a file, or None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def launch_bytes(
+    *, version: str, engine: str, accel: str, argv: list[str], checked: list[str], own: list[tuple[str, str]]
+) -> bytes:
+    """The contents of `launch`; `checked` are files whose size and time are recorded, `own` those of the generation, as
+    (path now, path later)."""
+    data = frames.field(L_FORMAT, FORMAT)
+    data += b"".join(frames.field(L_ARG, os.fsencode(arg)) for arg in argv)
+    for path, later in [(path, path) for path in checked] + own:
+        found = os.stat(path)
+        data += frames.field(L_CHECK, b"%d %d %s" % (found.st_size, found.st_mtime_ns, os.fsencode(later)))
+    return data + frames.field(L_ACCEL, accel) + frames.field(L_VERSION, version) + frames.field(L_ENGINE, engine)

@@ -1,0 +1,241 @@
+"""The host's side of a run: sends the request, streams the script's output, returns the result.
+
+On the hot path: imports `os` and `select` (built in) only.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import DeadlineExceeded, OutcomeUnknown, ProtocolError
+from . import frames
+
+if TYPE_CHECKING:
+    import _socket
+
+#: Receives the script's bytes as they come.
+Sink = Callable[[bytes], None]
+
+
+class Request(NamedTuple):
+    """A script to run."""
+
+    source: bytes
+    filename: str = "<string>"
+    args: tuple[str, ...] = ()
+    environ: tuple[str, ...] = ()  # NAME=VALUE
+    stdin: bool = False
+
+
+class Result(NamedTuple):
+    """How a script ended."""
+
+    exit_code: int
+    ready_ns: int
+    script_ns: int
+
+
+def encode(request: Request, *, end_mark: bytes) -> bytes:
+    """The REQUEST frame. Takes the time and fresh entropy when it is called: call it last."""
+    payload = frames.field(frames.F_SOURCE, request.source) + frames.field(frames.F_FILENAME, request.filename)
+    payload += b"".join(frames.field(frames.F_ARG, arg) for arg in request.args)
+    payload += b"".join(frames.field(frames.F_ENV, item) for item in request.environ)
+    payload += frames.field(frames.F_ENTROPY, os.urandom(64)) + frames.field(frames.F_END_MARK, end_mark)
+    payload += frames.field(frames.F_FLAGS, frames.FLAG_STDIN if request.stdin else 0)
+    payload += frames.field(frames.F_TIME_NS, time.time_ns())
+    return frames.frame(frames.REQUEST, payload)
+
+
+class Stream:
+    """One output channel: passes bytes on until the end mark has come."""
+
+    __slots__ = ("_held", "_mark", "done", "sink", "socket")
+
+    def __init__(self, sock: _socket.socket, mark: bytes, sink: Sink) -> None:
+        self.socket = sock
+        self.sink = sink
+        self.done = False
+        self._mark = mark
+        self._held = b""
+
+    def receive(self) -> bool:
+        """Take what has arrived; False at the end of the channel itself."""
+        try:
+            data = self.socket.recv(1 << 20)
+        except ConnectionError:
+            data = b""
+        if not data:
+            self.flush()
+            return False
+        if self._held:
+            data = self._held + data
+        at = data.find(self._mark)
+        if at >= 0:
+            self.done = True
+            self._held = b""
+            data = data[:at]
+        else:
+            keep = self._partial_mark(data)
+            self._held = data[len(data) - keep :]
+            if keep:
+                data = data[:-keep]
+        if data:
+            self.sink(data)
+        return True
+
+    def flush(self) -> None:
+        """Pass on what was held back because it might have been the start of the mark."""
+        held, self._held = self._held, b""
+        if held:
+            self.sink(held)
+
+    def _partial_mark(self, data: bytes) -> int:
+        # How many bytes at the end of `data` are the beginning of the mark.
+        mark = self._mark
+        at = data.rfind(mark[:1], max(0, len(data) - len(mark) + 1))
+        best = 0
+        while at >= 0:
+            if mark.startswith(data[at:]):
+                best = len(data) - at
+            at = data.rfind(mark[:1], max(0, len(data) - len(mark) + 1), at)
+        return best
+
+
+class Session:
+    """One request over a control channel and the output channels beside it."""
+
+    def __init__(self, control: _socket.socket, stdout: _socket.socket, stderr: _socket.socket) -> None:
+        self.control = control
+        self._stdout = stdout
+        self._stderr = stderr
+        self._decoder = frames.Decoder()
+        self.died: int | None = None
+
+    def run(
+        self,
+        request: Request,
+        *,
+        stdout: Sink,
+        stderr: Sink,
+        timeout_s: float | None = None,
+        stdin: tuple[int, _socket.socket] | None = None,
+    ) -> Result:
+        """Send the request and stream until the result is there and both outputs are complete.
+
+        `stdin` is a descriptor to read and the channel to pass it to. Raises `DeadlineExceeded` after `timeout_s` seconds,
+        `OutcomeUnknown` if the VM goes away, `ProtocolError` for bytes that are no frame; what was printed before has
+        reached the sinks in any case.
+        """
+        mark = os.urandom(16)
+        outputs = [Stream(self._stdout, mark, stdout), Stream(self._stderr, mark, stderr)]
+        self.control.sendall(encode(request, end_mark=mark))
+        poller = select.poll()
+        streams = {stream.socket.fileno(): stream for stream in outputs}
+        control = self.control.fileno()
+        for fd in (control, *streams):
+            poller.register(fd, select.POLLIN)
+        source = _Input(stdin, poller) if stdin else None
+        result: Result | None = None
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while result is None or not all(stream.done for stream in outputs):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            events = poller.poll(left)
+            if not events and deadline is not None and time.monotonic() >= deadline:
+                raise DeadlineExceeded(f"timed out after {timeout_s:g} s")
+            for fd, event in events:
+                if fd in streams:
+                    if not streams[fd].receive():
+                        self._gone(outputs)
+                elif fd == control:
+                    result = self._control() or result
+                    if self.died is not None:
+                        self._gone(outputs)
+                elif source:
+                    source.handle(fd, event)
+        return result
+
+    def _control(self) -> Result | None:
+        try:
+            data = self.control.recv(65536)
+        except ConnectionError:
+            data = b""
+        if not data:
+            self.died = -1
+            return None
+        try:
+            for kind, payload in self._decoder.feed(data):
+                found = frames.fields(payload)
+                if kind == frames.RESULT:
+                    return Result(*(frames.integer(found[key][0]) for key in (frames.F_EXIT, frames.F_READY_NS, frames.F_SCRIPT_NS)))
+                if kind == frames.DIED:
+                    self.died = frames.integer(found[frames.F_EXIT][0])
+        except (frames.FrameError, KeyError) as error:
+            raise ProtocolError(f"the guest sent no valid frame: {error}") from error
+        return None
+
+    def _gone(self, outputs: list[Stream]) -> None:
+        # The interpreter or the whole VM is gone: what it printed before is on its way or here.
+        for stream in outputs:
+            poller = select.poll()
+            poller.register(stream.socket.fileno(), select.POLLIN)
+            while poller.poll(200 if self.died is None or self.died < 0 else 50) and stream.receive():
+                pass
+            stream.flush()
+        if self.died is not None and self.died >= 0:
+            raise OutcomeUnknown(f"the script ended its interpreter ({describe_status(self.died)})", hint="it ran, but not to its end")
+        raise OutcomeUnknown("the VM ended while the script ran", hint="the script may or may not have done its work")
+
+
+def describe_status(status: int) -> str:
+    """A shell's exit status in words."""
+    return f"killed by signal {status - 128}" if status > 128 else f"exit status {status}"
+
+
+class _Input:
+    """Passes the caller's stdin on, at the pace at which the guest takes it; at its end, closes the channel."""
+
+    def __init__(self, stdin: tuple[int, _socket.socket], poller: select.poll) -> None:
+        self._fd, self._socket = stdin
+        self._out = self._socket.fileno()
+        self._poller = poller
+        self._data = b""
+        self._socket.setblocking(False)
+        try:
+            poller.register(self._fd, select.POLLIN)
+        except OSError:
+            self._close()
+
+    def handle(self, fd: int, event: int) -> None:
+        """Go on after an event on one of our two descriptors."""
+        if fd == self._fd:
+            try:
+                self._data = os.read(self._fd, 65536)
+            except OSError:
+                self._data = b""
+            self._poller.unregister(self._fd)
+            if not self._data:
+                self._close()
+                return
+            self._poller.register(self._out, select.POLLOUT)
+            return
+        try:
+            self._data = self._data[self._socket.send(self._data) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._poller.unregister(self._out)
+            return
+        if not self._data:
+            self._poller.unregister(self._out)
+            self._poller.register(self._fd, select.POLLIN)
+
+    def _close(self) -> None:
+        # QEMU tells the guest that the port's other side is closed: read() returns 0 there.
+        try:
+            self._socket.shutdown(1)
+        except OSError:
+            pass
