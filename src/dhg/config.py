@@ -11,7 +11,6 @@ DEFAULT_DEEPHAVEN = "42.7"
 
 #: What `dhg vm prepare` gives a VM unless told otherwise.
 DEFAULT_MEMORY_MIB = 2048
-DEFAULT_VCPUS = 2
 
 
 def home() -> str:

@@ -1,15 +1,15 @@
 """The error hierarchy. Everything that dhg raises on purpose is a `DhgError`.
 
-    DhgError
-    ├── UsageError            the request makes no sense: nothing was started
-    ├── HostError             the host lacks something: a program, a permission, room
-    ├── ImageError            kernel, initramfs or root file system could not be built
-    ├── SnapshotError         a snapshot could not be made, or does not fit this host
-    │   └── SnapshotMissing   there is no such snapshot
-    ├── MachineError          the VM could not be started, or died
-    │   └── OutcomeUnknown    ... after the script was released: it may or may not have run
-    ├── ProtocolError         the other side sent bytes that are no valid frame
-    └── DeadlineExceeded      a wait ended without its event
+DhgError
+├── UsageError            the request makes no sense: nothing was started
+├── HostError             the host lacks something: a program, a permission, room
+├── ImageError            kernel, initramfs or root file system could not be built
+├── SnapshotError         a snapshot could not be made, or does not fit this host
+│   └── SnapshotMissing   there is no such snapshot
+├── MachineError          the VM could not be started, or died
+│   └── OutcomeUnknown    ... after the script was released: it may or may not have run
+├── ProtocolError         the other side sent bytes that are no valid frame
+└── DeadlineExceeded      a wait ended without its event
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import os
 import time
 
 from . import proc
-from .engine import qemu
-from .errors import MachineError
+from .engine import qmp
+from .errors import DeadlineExceeded, MachineError
 from .snapshot import store
 from .wire import client
 
@@ -16,7 +16,7 @@ RESTORE_TIMEOUT_S = 60.0
 
 
 class Machine:
-    """A VM restored from `snapshot`, waiting for a request. Made by `restore`; leaving the context kills it."""
+    """A VM restored from `snapshot`. Made by `restore`; leaving the context kills it."""
 
     def __init__(self, snapshot: store.Snapshot) -> None:
         #: Phases in milliseconds, in order.
@@ -24,12 +24,10 @@ class Machine:
         self.snapshot = snapshot
         self._clock = time.monotonic_ns()
         state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
-        null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            self._vm = qemu.start(snapshot.argv, state=state, console=null, lock=snapshot.lock)
+            self._vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock)
         finally:
             os.close(state)
-            os.close(null)
         self._phase("spawn")
 
     def _phase(self, name: str) -> None:
@@ -43,26 +41,28 @@ class Machine:
         *,
         stdout: client.Sink,
         stderr: client.Sink,
-        timeout_s: float | None = None,
+        deadline: proc.Deadline | None = None,
         stdin: int | None = None,
     ) -> client.Result:
-        """Resume the VM and run `request` in it; once only. `stdin` is a descriptor to pass on if the request says so.
+        """Wait until the VM runs, and run `request` in it; once only. `stdin` is a descriptor to pass on if the request says so.
 
         Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
         """
         vm = self._vm
-        deadline = proc.Deadline(RESTORE_TIMEOUT_S)
+        limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
-            qemu.wait_loaded(vm, deadline=deadline)
-            self._phase("state load")
-            qemu.resume(vm, deadline=deadline)
-            self._phase("resume")
-        except MachineError as error:
-            hint = f"run `{self.snapshot.argv[0]} --version`; if it works, {store.prepare_hint(self.snapshot.version)} --force"
+            qmp.wait_resumed(vm, deadline=proc.Deadline(limit))
+        except (MachineError, DeadlineExceeded) as error:
+            if deadline is not None and deadline.left() == 0.0:
+                raise DeadlineExceeded(
+                    f"timed out after {deadline.timeout_s:g} s", hint="the script did not run"
+                ) from error
+            hint = f"the script did not run; {store.prepare_hint(self.snapshot.version)[:-1]} --force` makes the snapshot anew"
             raise MachineError(f"the VM could not be restored: {error}", hint=hint, detail=error.detail) from error
+        self._phase("load and resume")
         session = client.Session(vm.control, vm.stdout, vm.stderr)
         source = None if stdin is None or not request.stdin else (stdin, vm.stdin)
-        result = session.run(request, stdout=stdout, stderr=stderr, timeout_s=timeout_s, stdin=source)
+        result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source)
         now = time.monotonic_ns()
         whole = (now - self._clock) / 1e6
         self.phases["guest ready"] = result.ready_ns / 1e6

@@ -1,4 +1,4 @@
-"""The only place that spawns processes. On the hot path: imports `os`, `signal` (built in) and `select` only.
+"""The only place that spawns processes. On the hot path: imports `os`, `fcntl` and `select` only.
 
 A child has its own process group, stdin from /dev/null, a minimal environment, and exactly the descriptors it was
 given. Every wait has a deadline. Leaving a `Process` is TERM, a grace period, KILL, reap.
@@ -6,12 +6,16 @@ given. Every wait has a deadline. Leaving a `Process` is TERM, a grace period, K
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import time
-from collections.abc import Mapping, Sequence
 
 from .errors import DeadlineExceeded, DhgError, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 # The numbers of the `signal` module, whose import builds enums.
 SIGINT, SIGKILL, SIGPIPE, SIGTERM = 2, 9, 13, 15
@@ -131,12 +135,18 @@ def spawn(
     given = fds or {}
     if 0 not in given:
         actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0))
+    # dup2 of a descriptor onto itself would leave it closed on exec, and a target that is another's source would be
+    # overwritten before it is used: move such sources out of the way.
+    moved: dict[int, int] = {}
+    for ours in given.values():
+        if ours in given and ours not in moved:
+            moved[ours] = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(given) + 1)
     for number, ours in given.items():
-        actions.append((os.POSIX_SPAWN_DUP2, ours, number))
+        actions.append((os.POSIX_SPAWN_DUP2, moved.get(ours, ours), number))
     try:
         pid = os.posix_spawn(
             argv[0],
-            argv,
+            list(argv),
             minimal_env() if env is None else env,
             file_actions=actions,
             setpgroup=0,
@@ -145,7 +155,24 @@ def spawn(
         )
     except OSError as error:
         raise HostError(f"cannot start {argv[0]}: {error.strerror}") from error
+    finally:
+        for fd in moved.values():
+            os.close(fd)
     return Process(pid, argv)
+
+
+# fcntl.h; the module has F_SETOWN but not this one.
+F_SETSIG = 10
+
+
+def kill_with_us(pid: int, leash: int) -> None:
+    """Have the kernel send SIGKILL to `pid` when the other end of the pipe `leash` is closed.
+
+    `leash` is our copy of the read end that the child inherited. Nobody else may hold the write end.
+    """
+    fcntl.fcntl(leash, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(leash, F_SETSIG, SIGKILL)
+    fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def run(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .. import config, proc
 from ..errors import DhgError, HostError
+from ..files import private_dir
 
 #: A stock kernel takes about a second under KVM. A KVM that cannot boot one costs this long, once per machine.
 PROBE_TIMEOUT_S = 10.0
@@ -109,22 +110,14 @@ def probe_argv(qemu: str, kernel: str, initramfs: str) -> list[str]:
     return [*argv, "-append", "console=ttyS0 quiet panic=-1 reboot=t rdinit=/init"]
 
 
-def probe_kvm(qemu: str, kernel: str, busybox: str) -> Kvm:
-    """Boot `kernel` under KVM with an init that prints a word. Takes at most PROBE_TIMEOUT_S."""
+def probe_kvm(qemu: str, kernel: str, initramfs: bytes) -> Kvm:
+    """Boot `kernel` under KVM with an `initramfs` whose init prints PROBE_TOKEN. Takes at most PROBE_TIMEOUT_S."""
     closed = kvm_device()
     if closed is not None:
         return closed
-    from ..image.cpio import Archive
-
-    archive = Archive()
-    with open(busybox, "rb") as file:
-        archive.file("bin/busybox", file.read(), mode=0o755)
-    script = f"#!/bin/busybox sh\n/bin/busybox echo {PROBE_TOKEN}\n/bin/busybox reboot -f\n"
-    archive.file("init", script.encode(), mode=0o755)
-    archive.device("dev/console", 5, 1)
     with tempfile.TemporaryDirectory(prefix="dhg-probe-") as folder:
         with open(f"{folder}/initramfs", "wb") as out:
-            out.write(archive.bytes())
+            out.write(initramfs)
         try:
             text = proc.run(probe_argv(qemu, kernel, f"{folder}/initramfs"), timeout_s=PROBE_TIMEOUT_S)
         except DhgError as error:
@@ -147,23 +140,32 @@ def remembered() -> dict[str, list[object]]:
 
 def probe_key(qemu: str) -> str:
     """What a remembered answer is for: the machine's kernel, CPU and QEMU, and whether we may open /dev/kvm."""
-    return "|".join((os.uname().release, cpu_model(), qemu, qemu_version(qemu), "root" if os.geteuid() == 0 else "user"))
+    return "|".join(
+        (os.uname().release, cpu_model(), qemu, qemu_version(qemu), "root" if os.geteuid() == 0 else "user")
+    )
 
 
-def kvm(qemu: str, kernel: str, busybox: str) -> Kvm:
-    """The remembered answer of the probe, or a fresh one. A device that cannot be opened is not worth remembering."""
+def known_kvm(qemu: str) -> Kvm | None:
+    """What is known without trying: that the device cannot be opened, or the answer of an earlier probe."""
     closed = kvm_device()
     if closed is not None:
         return closed
-    key, known = probe_key(qemu), remembered()
-    answer = known.get(key)
+    answer = remembered().get(probe_key(qemu))
     if isinstance(answer, list) and len(answer) == 2:
         return Kvm(bool(answer[0]), str(answer[1]))
-    result = probe_kvm(qemu, kernel, busybox)
-    known[key] = [result.usable, result.reason]
-    path = config.cache_dir() + "/probe.json"
-    os.makedirs(config.cache_dir(), mode=0o700, exist_ok=True)
-    with open(f"{path}.{os.getpid()}", "w") as file:
+    return None
+
+
+def kvm(qemu: str, kernel: str, initramfs: bytes) -> Kvm:
+    """The remembered answer of the probe, or a fresh one. A device that cannot be opened is not worth remembering."""
+    result = known_kvm(qemu)
+    if result is not None:
+        return result
+    result = probe_kvm(qemu, kernel, initramfs)
+    known = remembered()
+    known[probe_key(qemu)] = [result.usable, result.reason]
+    folder = private_dir(config.cache_dir())
+    with open(f"{folder}/probe.json.{os.getpid()}", "w") as file:
         json.dump(known, file)
-    os.replace(f"{path}.{os.getpid()}", path)
+    os.replace(f"{folder}/probe.json.{os.getpid()}", f"{folder}/probe.json")
     return result

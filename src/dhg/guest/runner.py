@@ -97,9 +97,10 @@ class Runner:
             port = os.open(path, flags)
             os.dup2(port, fd)
             os.close(port)
-        sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "rb", closefd=False)))
-        sys.stdout = sys.__stdout__ = _text_writer(1, "strict")
-        sys.stderr = sys.__stderr__ = _text_writer(2, "backslashreplace")
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "rb", closefd=False)))
+        sys.stdout = _text_writer(1, "strict")
+        sys.stderr = _text_writer(2, "backslashreplace")
+        vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
 
     def wake(self, request: Request) -> None:
         """Make this clone true and unlike every other: clock, kernel RNG, the PRNGs of Python, NumPy, the JVM."""
@@ -204,7 +205,8 @@ def hello(versions: dict[str, str]) -> bytes:
     payload = frames.field(frames.F_PROTOCOL, frames.PROTOCOL)
     for name, value in versions.items():
         payload += frames.field(frames.F_VERSIONS, f"{name}={value}")
-    return frames.frame(frames.HELLO, payload)
+    data: bytes = frames.frame(frames.HELLO, payload)
+    return data
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ JVM_ARGS = [
     # Python keeps SIGINT and SIGTERM.
     "-Xrs",
     "-XX:-UsePerfData",
+    "-XX:+UnlockDiagnosticVMOptions",
+    "-XX:-BytecodeVerificationRemote",
     "-Ddeephaven.console.type=python",
 ]
 
@@ -25,9 +27,11 @@ JVM_ARGS = [
 def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     """Start the server and run the warm-up scripts; the versions of what runs."""
     log("starting the JVM")
+
+    log("imported")
     from deephaven_server import Server
 
-    server = Server(port=10000, jvm_args=JVM_ARGS, default_jvm_args=["-XX:+UseStringDeduplication"])
+    server = Server(port=10000, jvm_args=JVM_ARGS, default_jvm_args=["-XX:+OmitStackTraceInFastThrow"])
     log("starting the server")
     server.start()
     log("warming up")

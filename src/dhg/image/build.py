@@ -6,17 +6,16 @@ at all; a lock a stage keeps two builds of the same thing from running at once.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from .. import config, proc
-from ..errors import HostError, ImageError
+from ..errors import ImageError
+from ..files import locked, private_dir, remove_tree, sync_dir, sync_file
 from . import kernel
 
 SUITE = "bookworm"
@@ -58,26 +57,6 @@ def stage_key(*inputs: str) -> str:
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
 
 
-@contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path` (made if need be); waits for whoever holds it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def private_dir(path: str) -> str:
-    """Make a directory that only its owner can enter, with those above it."""
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise HostError(f"cannot make {path}: {error.strerror}", hint="set DHG_HOME to a writable directory") from error
-    return path
-
-
 def cached(stage: str, key: str, build: Callable[[str], None]) -> str:
     """The directory of a stage's result; calls `build(tmp_dir)` if it is not there yet."""
     root = private_dir(f"{config.cache_dir()}/{stage}")
@@ -99,38 +78,6 @@ def cached(stage: str, key: str, build: Callable[[str], None]) -> str:
             raise
         sync_dir(root)
     return result
-
-
-def remove_tree(path: str) -> None:
-    """Remove a directory whatever the modes in it are. Does nothing if it is not there."""
-
-    def retry(function: Callable[[str], object], name: str, _: object) -> None:
-        try:
-            os.chmod(os.path.dirname(name), 0o700)
-            function(name)
-        except OSError:
-            pass
-
-    if os.path.lexists(path):
-        shutil.rmtree(path, onerror=retry)
-
-
-def sync_dir(path: str) -> None:
-    """fsync a directory, so that the names in it survive a power cut."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_file(path: str) -> None:
-    """fsync a file."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _sync_tree(path: str) -> None:
@@ -164,7 +111,11 @@ def base_system(log: str) -> str:
         proc.run(_debian_argv(f"{tmp}/root.tar", hook), timeout_s=1800, log=log, env=env)
         os.unlink(hook)
         os.mkdir(f"{tmp}/unpack")
-        proc.run(["tar", "-xf", f"{tmp}/root.tar", "-C", f"{tmp}/unpack", "./dhg-kernel", "./usr/bin/busybox", "./bin"], timeout_s=120, log=log)
+        proc.run(
+            ["tar", "-xf", f"{tmp}/root.tar", "-C", f"{tmp}/unpack", "./dhg-kernel", "./usr/bin/busybox", "./bin"],
+            timeout_s=120,
+            log=log,
+        )
         packages = sorted(name for name in os.listdir(f"{tmp}/unpack/dhg-kernel") if name.endswith(".deb"))
         if len(packages) != 1:
             raise ImageError(f"expected one kernel package, got {packages}")
@@ -184,7 +135,9 @@ def resolve_version(version: str) -> str:
     """A Deephaven version: itself, or what the package index has newest for `latest`."""
     if version != "latest":
         return config.check_version(version)
-    text = proc.run([sys.executable, "-m", "pip", "index", "versions", "deephaven-server"], timeout_s=120, env=_pip_env())
+    text = proc.run(
+        [sys.executable, "-m", "pip", "index", "versions", "deephaven-server"], timeout_s=120, env=_pip_env()
+    )
     start = text.find("(")
     if start < 0:
         raise ImageError("the package index does not say which deephaven-server is the latest", detail=text)
@@ -214,7 +167,16 @@ def root_image(base: str, version: str, log: str) -> str:
         tree = f"{tmp}/tree"
         os.mkdir(tree)
         proc.run(
-            ["tar", "-xf", f"{base}/root.tar", "-C", tree, "--exclude=./dev/*", "--exclude=./dhg-kernel", "--no-same-owner"],
+            [
+                "tar",
+                "-xf",
+                f"{base}/root.tar",
+                "-C",
+                tree,
+                "--exclude=./dev/*",
+                "--exclude=./dhg-kernel",
+                "--no-same-owner",
+            ],
             timeout_s=300,
             log=log,
         )
@@ -270,3 +232,9 @@ def initramfs(base: str) -> tuple[bytes, str]:
     data = kernel.base_initramfs(kernel.module_files(f"{base}/kernel"), busybox)
     digest = hashlib.sha256(b"\0".join(name.encode() + b"\0" + files[name] for name in sorted(files))).hexdigest()
     return data + kernel.guest_archive(files), digest
+
+
+def probe_initramfs(base: str, word: str) -> bytes:
+    """An initramfs for the KVM probe."""
+    with open(f"{base}/busybox", "rb") as file:
+        return kernel.probe_initramfs(file.read(), word)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class Archive:
-    """Collects entries; `bytes()` gives the archive. Owner is root, times are zero: equal input, equal bytes."""
+    """Collects entries; `whole()` gives the archive. Owner is root, times are zero: equal input, equal bytes."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -34,8 +34,8 @@ class Archive:
         self.directory(name.rpartition("/")[0])
         self._entry(name, 0o020600, b"", device=(major, minor))
 
-    def bytes(self) -> bytes:
-        """The whole archive."""
+    def whole(self) -> bytes:
+        """The archive's bytes; nothing can be added after that."""
         self._entry("TRAILER!!!", 0, b"")
         return b"".join(self._parts)
 

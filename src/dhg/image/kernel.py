@@ -77,7 +77,7 @@ def base_initramfs(files: dict[str, str], busybox: bytes) -> bytes:
         with open(files[name], "rb") as file:
             archive.file(f"modules/{name}.ko", file.read())
     archive.file("modules/order", "".join(f"{name}.ko\n" for name in order).encode())
-    return archive.bytes()
+    return archive.whole()
 
 
 def guest_files() -> dict[str, bytes]:
@@ -98,4 +98,14 @@ def guest_archive(files: dict[str, bytes]) -> bytes:
     archive = Archive()
     for name, data in files.items():
         archive.file(name, data, mode=0o755 if name == "init" else 0o644)
-    return archive.bytes()
+    return archive.whole()
+
+
+def probe_initramfs(busybox: bytes, word: str) -> bytes:
+    """An initramfs whose init prints `word` on the console and resets the machine."""
+    archive = Archive()
+    archive.file("bin/busybox", busybox, mode=0o755)
+    archive.device("dev/console", 5, 1)
+    script = f"#!/bin/busybox sh\n/bin/busybox echo {word}\n/bin/busybox reboot -f\n"
+    archive.file("init", script.encode(), mode=0o755)
+    return archive.whole()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -14,15 +13,19 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import __version__, config, proc
-from ..engine import probe, qemu
+from ..engine import probe, qemu, qmp
 from ..errors import DeadlineExceeded, DhgError, HostError, ProtocolError, SnapshotError
+from ..files import locked, private_dir, remove_tree, sync_dir
 from ..image import build as image
 from ..wire import client, frames
-from . import store
+from . import inventory, store
 
 #: From power-on to HELLO: two minutes under TCG on two busy cores; more on a machine that does other things, too.
 BOOT_TIMEOUT_S = 900.0
 BLOCK = 4096
+
+#: Under software emulation one: two threads of QEMU's race where HotSpot patches code that runs (docs/design.md, "TCG").
+DEFAULT_VCPUS = {"kvm": 2, "tcg": 1}
 
 #: Called with a stage's name when it starts, and with more about it while it lasts.
 Progress = Callable[[str, str], None]
@@ -39,13 +42,17 @@ def check_host(memory_mib: int) -> None:
     """What `prepare` needs is there: programs, disk, memory. Raises `HostError` that says what to install or free."""
     missing = [package for program, package in PROGRAMS.items() if proc.find_program(program) is None]
     if missing:
-        raise HostError(f"missing programs; packages: {', '.join(missing)}", hint=f"apt-get install {' '.join(missing)}")
+        raise HostError(
+            f"missing programs; packages: {', '.join(missing)}", hint=f"apt-get install {' '.join(missing)}"
+        )
     probe.qemu_path()
-    root = image.private_dir(config.home())
+    root = private_dir(config.home())
     free = shutil.disk_usage(root).free
     needed = 5 * 1024**3
     if free < needed:
-        raise HostError(f"{free >> 20} MiB free in {root}; a first prepare takes {needed >> 20}", hint="free some, or set DHG_HOME")
+        raise HostError(
+            f"{free >> 20} MiB free in {root}; a first prepare takes {needed >> 20}", hint="free some, or set DHG_HOME"
+        )
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) >> 10 for line in file if line.startswith("MemAvailable:"))
     if available < memory_mib + 256:
@@ -56,11 +63,14 @@ def pick_acceleration(asked: str, base: str) -> tuple[str, str]:
     """kvm or tcg, and why. Raises `HostError` if KVM was asked for and does not work."""
     if asked == "tcg":
         return "tcg", "asked for"
-    found = probe.kvm(probe.qemu_path(), image.kernel_image(base), f"{base}/busybox")
+    found = probe.kvm(probe.qemu_path(), image.kernel_image(base), image.probe_initramfs(base, probe.PROBE_TOKEN))
     if found.usable:
         return "kvm", found.reason
     if asked == "kvm":
-        raise HostError(f"KVM does not work here: {found.reason}", hint="leave --accel kvm out: software emulation (TCG) works everywhere")
+        raise HostError(
+            f"KVM does not work here: {found.reason}",
+            hint="leave --accel kvm out: software emulation (TCG) works everywhere",
+        )
     return "tcg", found.reason
 
 
@@ -68,7 +78,7 @@ def prepare(
     *,
     version: str | None,
     memory_mib: int = config.DEFAULT_MEMORY_MIB,
-    vcpus: int = config.DEFAULT_VCPUS,
+    vcpus: int | None = None,
     accel: str = "auto",
     force: bool = False,
     progress: Progress,
@@ -81,9 +91,22 @@ def prepare(
     progress("check", "programs, disk, memory")
     check_host(memory_mib)
     version = image.resolve_version(version or config.DEFAULT_DEEPHAVEN)
-    log = f"{image.private_dir(config.home() + '/log')}/prepare-{version}.log"
+    log = f"{private_dir(config.home() + '/log')}/prepare-{version}.log"
     with open(log, "w"):
         pass
+    # Shared: `clean --all` waits for nobody, it leaves the caches alone while any prepare is at work.
+    with locked(f"{config.home()}/.prepare-lock", shared=True):
+        try:
+            return _prepare(version, memory_mib, vcpus, accel, force, progress, log)
+        except DhgError as error:
+            if error.hint is None:
+                error.hint = f"the whole log is in {log}"
+            raise
+
+
+def _prepare(
+    version: str, memory_mib: int, vcpus: int | None, accel: str, force: bool, progress: Progress, log: str
+) -> str:
     progress("base system", "Debian, a JRE, the kernel")
     base = image.base_system(log)
     progress("root image", f"Deephaven {version}")
@@ -91,9 +114,10 @@ def prepare(
     progress("acceleration", "")
     accel, reason = pick_acceleration(accel, base)
     progress("acceleration", f"{accel} ({reason})")
+    vcpus = vcpus or DEFAULT_VCPUS[accel]
     initramfs, runner = image.initramfs(base)
     binary = probe.qemu_path()
-    folder = image.private_dir(f"{config.snapshots_dir()}/{version}")
+    folder = private_dir(f"{config.snapshots_dir()}/{version}")
     inputs: dict[str, Any] = {
         "deephaven": version,
         "engine": "qemu",
@@ -109,12 +133,12 @@ def prepare(
         "image": os.path.basename(root),
         "host_cpu": probe.cpu_model() if accel == "kvm" else "",
     }
-    with image.locked(f"{folder}/.prepare-lock"):
+    with locked(f"{folder}/.prepare-lock"):
         link = f"{folder}/qemu"
         if not force and _same(link, inputs):
             progress("snapshot", "already there")
             return os.path.realpath(link)
-        _sweep(folder)
+        inventory.sweep(folder)
         name = f".qemu-{secrets.token_hex(6)}"
         tmp = f"{folder}/{name}.tmp"
         os.mkdir(tmp, 0o700)
@@ -131,21 +155,21 @@ def prepare(
             )
             _fill(tmp, f"{folder}/{name}", spec, initramfs, inputs, version, progress)
             os.rename(tmp, f"{folder}/{name}")
-            image.sync_dir(folder)
+            sync_dir(folder)
         except BaseException:
             _keep_console(tmp, log)
-            image.remove_tree(tmp)
+            remove_tree(tmp)
             raise
         try:
             progress("trial", "restore it once")
             _try(f"{folder}/{name}", version)
         except BaseException:
-            image.remove_tree(f"{folder}/{name}")
+            remove_tree(f"{folder}/{name}")
             raise
         os.symlink(name, f"{link}.tmp")
         os.replace(f"{link}.tmp", link)
-        image.sync_dir(folder)
-        _sweep(folder)
+        sync_dir(folder)
+        inventory.sweep(folder)
     return f"{folder}/{name}"
 
 
@@ -158,33 +182,6 @@ def _same(link: str, inputs: dict[str, Any]) -> bool:
         os.close(store.open_snapshot(inputs["deephaven"]).lock)
     except (OSError, ValueError, DhgError):
         return False
-    return True
-
-
-def _sweep(folder: str) -> None:
-    """Remove generations that the link does not point to and no VM uses, and what a killed prepare left."""
-    current = {os.readlink(f"{folder}/{name}") for name in os.listdir(folder) if os.path.islink(f"{folder}/{name}")}
-    for name in os.listdir(folder):
-        if name.endswith(".tmp") and os.path.islink(f"{folder}/{name}"):
-            os.unlink(f"{folder}/{name}")
-        elif name.startswith((".qemu-", ".firecracker-")) and name not in current:
-            remove_generation(f"{folder}/{name}")
-
-
-def remove_generation(path: str) -> bool:
-    """Remove a generation unless a VM of it lives; whether it is gone."""
-    try:
-        fd = os.open(f"{path}/lock", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        image.remove_tree(path)
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        image.remove_tree(path)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
     return True
 
 
@@ -210,7 +207,7 @@ def _fill(
         with qemu.boot(spec._replace(initramfs=f"{tmp}/initramfs"), ram, console=console) as vm:
             versions = _wait_hello(vm, progress)
             progress("freeze", "")
-            qemu.freeze(vm, f"{tmp}/state")
+            qmp.freeze(vm, f"{tmp}/state")
     except DhgError as error:
         with open(f"{tmp}/console.log", errors="replace") as file:
             error.detail = proc.tail(file.read()) or error.detail
@@ -247,7 +244,7 @@ def _fill(
         own=[(f"{tmp}/{name}", f"{final}/{name}") for name in ("ram", "state", "initramfs")],
     )
     _write(f"{tmp}/launch", launch)
-    image.sync_dir(tmp)
+    sync_dir(tmp)
 
 
 def _write(path: str, data: bytes) -> None:
@@ -258,7 +255,7 @@ def _write(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _wait_hello(vm: qemu.Vm, progress: Progress) -> dict[str, str]:
+def _wait_hello(vm: qmp.Vm, progress: Progress) -> dict[str, str]:
     """Wait for the guest's HELLO, showing what it logs; the versions it names."""
     deadline = proc.Deadline(BOOT_TIMEOUT_S)
     decoder = frames.Decoder()
@@ -332,7 +329,10 @@ def _try(path: str, version: str) -> None:
         snapshot = store.read(path, version, "qemu", lock)
         with Machine(snapshot) as machine:
             result = machine.run(
-                client.Request(b"print(6 * 7)"), stdout=output.append, stderr=output.append, timeout_s=120.0
+                client.Request(b"print(6 * 7)"),
+                stdout=output.append,
+                stderr=output.append,
+                deadline=proc.Deadline(120.0),
             )
     finally:
         os.close(lock)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from typing import NamedTuple
 
 from .. import config
 from ..errors import SnapshotError, SnapshotMissing
@@ -35,15 +34,19 @@ L_ENGINE = 6
 L_HOST = 7  # the host's CPU, where the acceleration depends on it
 
 
-class Snapshot(NamedTuple):
+class Snapshot:
     """A snapshot that is locked against removal; `lock` is a descriptor to pass to the VMM and then close."""
 
-    path: str
-    version: str
-    engine: str
-    accel: str
-    argv: list[str]
-    lock: int
+    __slots__ = ("accel", "argv", "engine", "lock", "path", "version")
+
+    def __init__(self, path: str, version: str, engine: str, accel: str, argv: list[str], lock: int) -> None:
+        self.path = path
+        self.version = version
+        self.engine = engine
+        self.accel = accel
+        #: The restore's command line.
+        self.argv = argv
+        self.lock = lock
 
     @property
     def state(self) -> str:
@@ -66,7 +69,11 @@ def versions() -> list[str]:
         return []
     for name in names:
         try:
-            newest = max(os.stat(f"{root}/{name}/{engine}").st_mtime_ns for engine in ("qemu", "firecracker") if os.path.exists(f"{root}/{name}/{engine}"))
+            newest = max(
+                os.stat(f"{root}/{name}/{engine}").st_mtime_ns
+                for engine in ("qemu", "firecracker")
+                if os.path.exists(f"{root}/{name}/{engine}")
+            )
         except (OSError, ValueError):
             continue
         found.append((newest, name))
@@ -144,7 +151,9 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
             seen = stat_check(os.fsdecode(name))
             if seen != (int(size), int(mtime_ns)):
                 what = "is gone" if seen is None else "has changed since"
-                raise SnapshotError(f"the snapshot of Deephaven {version} does not fit: {os.fsdecode(name)} {what}", hint=hint)
+                raise SnapshotError(
+                    f"the snapshot of Deephaven {version} does not fit: {os.fsdecode(name)} {what}", hint=hint
+                )
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
     return Snapshot(path, version, engine, accel, argv, lock)

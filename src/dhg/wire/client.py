@@ -8,35 +8,50 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
 
+from .. import proc
 from ..errors import DeadlineExceeded, OutcomeUnknown, ProtocolError
 from . import frames
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
+    from collections.abc import Callable
 
-#: Receives the script's bytes as they come.
-Sink = Callable[[bytes], None]
-
-
-class Request(NamedTuple):
-    """A script to run."""
-
-    source: bytes
-    filename: str = "<string>"
-    args: tuple[str, ...] = ()
-    environ: tuple[str, ...] = ()  # NAME=VALUE
-    stdin: bool = False
+    #: Receives the script's bytes as they come.
+    Sink = Callable[[bytes], object]
 
 
-class Result(NamedTuple):
-    """How a script ended."""
+class Request:
+    """A script to run. `environ` are items NAME=VALUE; `stdin` says whether the script gets any."""
 
-    exit_code: int
-    ready_ns: int
-    script_ns: int
+    __slots__ = ("args", "environ", "filename", "source", "stdin")
+
+    def __init__(
+        self,
+        source: bytes,
+        filename: str = "<string>",
+        *,
+        args: tuple[str, ...] = (),
+        environ: tuple[str, ...] = (),
+        stdin: bool = False,
+    ) -> None:
+        self.source = source
+        self.filename = filename
+        self.args = args
+        self.environ = environ
+        self.stdin = stdin
+
+
+class Result:
+    """How a script ended: its exit code, and the times in ns until it was released and until it was done."""
+
+    __slots__ = ("exit_code", "ready_ns", "script_ns")
+
+    def __init__(self, exit_code: int, ready_ns: int, script_ns: int) -> None:
+        self.exit_code = exit_code
+        self.ready_ns = ready_ns
+        self.script_ns = script_ns
 
 
 def encode(request: Request, *, end_mark: bytes) -> bytes:
@@ -121,12 +136,12 @@ class Session:
         *,
         stdout: Sink,
         stderr: Sink,
-        timeout_s: float | None = None,
+        deadline: proc.Deadline | None = None,
         stdin: tuple[int, _socket.socket] | None = None,
     ) -> Result:
         """Send the request and stream until the result is there and both outputs are complete.
 
-        `stdin` is a descriptor to read and the channel to pass it to. Raises `DeadlineExceeded` after `timeout_s` seconds,
+        `stdin` is a descriptor to read and the channel to pass it to. Raises `DeadlineExceeded` at the deadline,
         `OutcomeUnknown` if the VM goes away, `ProtocolError` for bytes that are no frame; what was printed before has
         reached the sinks in any case.
         """
@@ -140,12 +155,10 @@ class Session:
             poller.register(fd, select.POLLIN)
         source = _Input(stdin, poller) if stdin else None
         result: Result | None = None
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while result is None or not all(stream.done for stream in outputs):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-            events = poller.poll(left)
-            if not events and deadline is not None and time.monotonic() >= deadline:
-                raise DeadlineExceeded(f"timed out after {timeout_s:g} s")
+            events = poller.poll(None if deadline is None else deadline.left() * 1000)
+            if deadline is not None and deadline.left() == 0.0:
+                raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint="the script was running")
             for fd, event in events:
                 if fd in streams:
                     if not streams[fd].receive():
@@ -170,7 +183,12 @@ class Session:
             for kind, payload in self._decoder.feed(data):
                 found = frames.fields(payload)
                 if kind == frames.RESULT:
-                    return Result(*(frames.integer(found[key][0]) for key in (frames.F_EXIT, frames.F_READY_NS, frames.F_SCRIPT_NS)))
+                    return Result(
+                        *(
+                            frames.integer(found[key][0])
+                            for key in (frames.F_EXIT, frames.F_READY_NS, frames.F_SCRIPT_NS)
+                        )
+                    )
                 if kind == frames.DIED:
                     self.died = frames.integer(found[frames.F_EXIT][0])
         except (frames.FrameError, KeyError) as error:
@@ -186,7 +204,9 @@ class Session:
                 pass
             stream.flush()
         if self.died is not None and self.died >= 0:
-            raise OutcomeUnknown(f"the script ended its interpreter ({describe_status(self.died)})", hint="it ran, but not to its end")
+            raise OutcomeUnknown(
+                f"the script ended its interpreter ({describe_status(self.died)})", hint="it ran, but not to its end"
+            )
         raise OutcomeUnknown("the VM ended while the script ran", hint="the script may or may not have done its work")
 
 

@@ -1,0 +1,80 @@
+"""The command line. The only package that reads argv, prints, or exits.
+
+`main` is on the hot path of `dhg exec --vm`: each verb's module is imported when that verb is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ..errors import DhgError
+
+HELP = """\
+dhg: run a Deephaven script in a microVM of its own, restored from a warm snapshot
+
+usage: dhg exec --vm -c CODE          run a line of Python
+       dhg exec --vm SCRIPT [ARG...]  run a file (- for stdin)
+       dhg vm prepare                 make the snapshot that `exec --vm` restores
+       dhg vm status                  what this host can do, and the snapshots it has
+       dhg vm clean                   remove snapshots
+
+`dhg VERB --help` says more about a verb. Data live in DHG_HOME (default ~/.dhg).
+
+examples:
+  dhg vm prepare
+  dhg exec --vm -c "print('hello')"
+  cat script.py | dhg exec --vm -
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (by default that of the process); the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb = argv[0] if argv else "--help"
+    debug = "--debug" in argv
+    try:
+        if verb == "exec":
+            from . import exec_
+
+            return exec_.main(argv[1:])
+        if verb == "vm":
+            from . import vm
+
+            return vm.main(argv[1:])
+        if verb in ("--help", "-h", "help"):
+            sys.stdout.write(HELP)
+            return 0
+        if verb in ("--version", "-V"):
+            from .. import __version__
+
+            print(f"dhg {__version__}")
+            return 0
+        from ..errors import UsageError
+
+        raise UsageError(f"no such command: {verb}", hint="`dhg --help` lists them")
+    except DhgError as error:
+        if debug:
+            raise
+        show_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. What is buffered cannot be written any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+
+
+def show_error(error: DhgError) -> None:
+    """Print an error as `error:`, what is known in detail, and `hint:`, on stderr."""
+    text = f"error: {error}\n"
+    if error.detail:
+        text += "".join(f"  {line}\n" for line in error.detail.splitlines())
+    if error.hint:
+        text += f"hint: {error.hint}\n"
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        pass

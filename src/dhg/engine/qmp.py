@@ -1,0 +1,168 @@
+"""A running QEMU: its process, its channels, QMP; the freeze and the restore.
+
+On the hot path: no json, no subprocess, no typing. QMP is matched as bytes where only one answer is awaited.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import select
+
+from .. import proc
+from ..errors import DeadlineExceeded, MachineError, SnapshotError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Descriptor numbers in QEMU, the same in every run, so that the command line is, too.
+FD_QMP, FD_CONTROL, FD_STDOUT, FD_STDERR, FD_STDIN, FD_STATE, FD_CONSOLE, FD_LOCK, FD_LEASH = range(200, 209)
+CHANNELS = (("control", FD_CONTROL), ("stdout", FD_STDOUT), ("stderr", FD_STDERR), ("stdin", FD_STDIN))
+
+
+class Qmp:
+    """The control socket of a QEMU. Reads are matched as bytes; `deadline` bounds every wait."""
+
+    __slots__ = ("_data", "socket")
+
+    def __init__(self, sock: _socket.socket) -> None:
+        self.socket = sock
+        self._data = b""
+
+    def send(self, *commands: bytes) -> None:
+        """Send commands, without waiting for their answers."""
+        try:
+            self.socket.send(b"".join(commands))
+        except OSError as error:
+            raise MachineError(f"QEMU went away: {error.strerror}") from error
+
+    def wait_for(self, *wanted: bytes, deadline: proc.Deadline, errors: Sequence[bytes] = (b'"error"',)) -> bytes:
+        """Read until a line contains one of `wanted`; that line. Raises `MachineError` for a line with one of `errors`."""
+        poller = select.poll()
+        poller.register(self.socket.fileno(), select.POLLIN)
+        while True:
+            while (end := self._data.find(b"\n")) >= 0:
+                line, self._data = self._data[:end], self._data[end + 1 :]
+                for error in errors:
+                    if error in line:
+                        raise MachineError("QEMU refused", detail=line.decode("utf-8", "replace").strip())
+                for match in wanted:
+                    if match in line:
+                        return line
+            if not poller.poll(deadline.left() * 1000):
+                raise DeadlineExceeded(f"QEMU did not answer within {deadline.timeout_s:g} s")
+            try:
+                data = self.socket.recv(65536)
+            except OSError:
+                data = b""
+            if not data:
+                raise MachineError("QEMU went away")
+            self._data += data
+
+
+CAPABILITIES = b'{"execute":"qmp_capabilities"}\n'
+SET_CAPABILITIES = (
+    b'{"execute":"migrate-set-capabilities","arguments":{"capabilities":['
+    b'{"capability":"x-ignore-shared","state":true},{"capability":"events","state":true}]}}\n'
+)
+STOP = b'{"execute":"stop"}\n'
+QUERY_STATUS = b'{"execute":"query-status"}\n'
+QUIT = b'{"execute":"quit"}\n'
+COMPLETED, FAILED = b'"status": "completed"', b'"status": "failed"'
+
+
+class Vm:
+    """A QEMU process and the host's ends of its channels. A context manager: leaving it kills QEMU.
+
+    QEMU dies with this process, however this one ends: it inherits the read end of a pipe whose write end only we hold, and
+    the kernel is told to send it SIGKILL when something happens there (fcntl(2): F_SETOWN, F_SETSIG, O_ASYNC). That takes no
+    program in between, and unlike PR_SET_PDEATHSIG does not fire when a mere thread of ours ends.
+    """
+
+    __slots__ = ("_leash", "control", "process", "qmp", "stderr", "stdin", "stdout")
+
+    def __init__(self, argv: Sequence[str], *, extra: dict[int, int]) -> None:
+        ours: list[_socket.socket] = []
+        theirs: dict[int, int] = dict(extra)
+        pairs = []
+        for fd in (FD_QMP, *[fd for _, fd in CHANNELS]):
+            host, guest = _socket.socketpair()
+            ours.append(host)
+            pairs.append(guest)
+            theirs[fd] = guest.fileno()
+        leash, self._leash = os.pipe2(os.O_CLOEXEC)
+        theirs[FD_LEASH] = leash
+        try:
+            self.process = proc.spawn(argv, fds=theirs)
+            proc.kill_with_us(self.process.pid, leash)
+        except BaseException:
+            os.close(self._leash)
+            for sock in ours:
+                sock.close()
+            raise
+        finally:
+            os.close(leash)
+            for sock in pairs:
+                sock.close()
+        self.qmp = Qmp(ours[0])
+        self.control, self.stdout, self.stderr, self.stdin = ours[1:]
+
+    def close(self) -> None:
+        """Kill QEMU, reap it, close the channels."""
+        self.process.kill()
+        self.process.close()
+        os.close(self._leash)
+        for sock in (self.qmp.socket, self.control, self.stdout, self.stderr, self.stdin):
+            sock.close()
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def freeze(vm: Vm, state: str, *, timeout_s: float = 60.0) -> None:
+    """Stop the VM, write its device state to the file `state`, end QEMU. The RAM file then is the memory snapshot."""
+    deadline = proc.Deadline(timeout_s)
+    fd = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        vm.qmp.send(CAPABILITIES, STOP)
+        vm.qmp.wait_for(b'"STOP"', deadline=deadline)
+        vm.qmp.send(SET_CAPABILITIES)
+        vm.qmp.wait_for(b'"return"', deadline=deadline)
+        # fd: and not exec: (which the sandbox forbids, and which can report `completed` before the file is whole).
+        _send_fd(vm.qmp.socket, b'{"execute":"getfd","arguments":{"fdname":"state"}}\n', fd)
+        vm.qmp.wait_for(b'"return"', deadline=deadline)
+        vm.qmp.send(b'{"execute":"migrate","arguments":{"uri":"fd:state"}}\n')
+        vm.qmp.wait_for(COMPLETED, deadline=deadline, errors=(b'"error"', FAILED))
+        vm.qmp.send(QUIT)
+        if vm.process.wait(deadline.left()) is None:
+            raise MachineError(f"QEMU did not end within {timeout_s:g} s after the snapshot")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if os.path.getsize(state) == 0:
+        raise SnapshotError("QEMU wrote no device state")
+
+
+def _send_fd(sock: _socket.socket, data: bytes, fd: int) -> None:
+    sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, "little"))])
+
+
+def start(argv: Sequence[str], *, state: int, lock: int) -> Vm:
+    """Start QEMU for a restore from the device state in the descriptor `state`; does not wait.
+
+    `lock` is held by QEMU for as long as it lives. The command line says `-incoming fd:`, so QEMU loads the state and resumes
+    by itself.
+    """
+    vm = Vm(argv, extra={FD_STATE: state, FD_LOCK: lock})
+    # Without capabilities QEMU reports no events; the query covers a resume that came before them.
+    vm.qmp.send(CAPABILITIES, QUERY_STATUS)
+    return vm
+
+
+def wait_resumed(vm: Vm, *, deadline: proc.Deadline) -> None:
+    """Wait until the guest runs: a write to a port before that hangs the guest for good."""
+    vm.qmp.wait_for(b'"RESUME"', b'"status": "running"', deadline=deadline)

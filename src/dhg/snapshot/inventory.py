@@ -1,0 +1,257 @@
+"""What there is and what may go: `status` and `clean`."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+from typing import Any, NamedTuple
+
+from .. import config
+from ..engine import probe
+from ..errors import DhgError, SnapshotError, SnapshotMissing
+from ..files import remove_tree, try_lock
+from . import store
+
+ENGINES = ("qemu", "firecracker")
+
+
+def describe(path: str) -> dict[str, Any]:
+    """What the generation in the directory `path` is, and whether it fits this host. Does not raise for a damaged one."""
+    version = os.path.basename(os.path.dirname(path))
+    engine = os.path.basename(path).lstrip(".").partition("-")[0]
+    item: dict[str, Any] = {
+        "version": version,
+        "engine": engine,
+        "accel": None,
+        "path": path,
+        "disk_bytes": _disk_bytes(path),
+        "created": None,
+        "age_s": 0.0,
+        "memory_mib": None,
+        "vcpus": None,
+        "in_use": in_use(path),
+        "fits": False,
+        "problem": None,
+    }
+    try:
+        with open(path + "/manifest.json") as file:
+            manifest = json.load(file)
+        inputs = manifest["inputs"]
+        created = datetime.datetime.fromisoformat(manifest["created"])
+        item.update({key: inputs[key] for key in ("accel", "memory_mib", "vcpus")}, created=manifest["created"])
+        item["age_s"] = (datetime.datetime.now(datetime.UTC) - created).total_seconds()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        item["problem"] = f"damaged: no readable manifest ({error})"
+        return item
+    try:
+        check(path, version, engine, inputs)
+        item["fits"] = True
+    except DhgError as error:
+        item["problem"] = str(error)
+    return item
+
+
+def check(path: str, version: str, engine: str, inputs: dict[str, Any]) -> None:
+    """Whether a generation can be restored here. Raises `SnapshotError`."""
+    try:
+        lock = os.open(path + "/lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SnapshotError(f"damaged: {error.strerror}: {path}/lock") from None
+    try:
+        store.read(path, version, engine, lock)
+    except FileNotFoundError as error:
+        raise SnapshotError(f"damaged: there is no {error.filename}") from None
+    finally:
+        os.close(lock)
+    now = probe.qemu_version(inputs["engine_path"])
+    if now != inputs["engine_version"]:
+        raise SnapshotError(f"made with QEMU {inputs['engine_version']}; here is {now}")
+
+
+def in_use(path: str) -> bool:
+    """Whether a VM of this generation lives."""
+    try:
+        fd = os.open(path + "/lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def image_of(path: str) -> str | None:
+    """The stage directory that holds the root image of a generation."""
+    try:
+        with open(path + "/manifest.json") as file:
+            return f"{config.cache_dir()}/image/{json.load(file)['inputs']['image']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _disk_bytes(path: str) -> int:
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                total += os.lstat(f"{folder}/{name}").st_blocks * 512
+            except OSError:
+                pass
+    return total
+
+
+def generations() -> list[str]:
+    """The generations that links point to, ordered by version and engine."""
+    found = []
+    root = config.snapshots_dir()
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return []
+    for name in names:
+        for engine in ENGINES:
+            try:
+                found.append(f"{root}/{name}/{os.readlink(f'{root}/{name}/{engine}')}")
+            except OSError:
+                continue
+    return found
+
+
+def survey() -> dict[str, Any]:
+    """Everything `dhg vm status` shows: home, host, snapshots."""
+    qemu: dict[str, Any] = {"path": None, "version": None, "problem": None}
+    kvm: dict[str, Any] = {"usable": None, "reason": "`dhg vm prepare` tries it"}
+    try:
+        qemu["path"] = probe.qemu_path()
+        qemu["version"] = probe.qemu_version(qemu["path"])
+        answer = probe.known_kvm(qemu["path"])
+        if answer is not None:
+            kvm = {"usable": answer.usable, "reason": answer.reason}
+    except DhgError as error:
+        qemu["problem"] = str(error)
+    with open("/proc/meminfo") as file:
+        memory = {line.split(":")[0]: int(line.split()[1]) >> 10 for line in file}
+    return {
+        "home": config.home(),
+        "host": {
+            "cpu": probe.cpu_model(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "memory_mib": memory["MemTotal"],
+            "available_mib": memory["MemAvailable"],
+            "kernel": os.uname().release,
+            "kvm": kvm,
+            "qemu": qemu,
+        },
+        "snapshots": [describe(path) for path in generations()],
+    }
+
+
+class Cleaned(NamedTuple):
+    """What `clean` removed, and what it left because a VM uses it."""
+
+    removed: list[str]
+    kept: list[str]
+
+
+def remove_generation(path: str) -> bool:
+    """Remove a generation unless a VM of it lives; whether it is gone."""
+    try:
+        fd = os.open(f"{path}/lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        remove_tree(path)
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_tree(path)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def sweep(folder: str) -> Cleaned:
+    """Remove what no link in a version's directory points to and no VM uses. The caller holds the prepare lock."""
+    result = Cleaned([], [])
+    names = os.listdir(folder)
+    current = {
+        os.readlink(f"{folder}/{name}") for name in names if os.path.islink(f"{folder}/{name}") and name in ENGINES
+    }
+    for name in names:
+        path = f"{folder}/{name}"
+        if name.endswith(".tmp") and os.path.islink(path):
+            os.unlink(path)
+        elif name.startswith(tuple(f".{engine}-" for engine in ENGINES)) and name not in current:
+            (result.removed if remove_generation(path) else result.kept).append(path)
+    return result
+
+
+def _clean_version(folder: str, result: Cleaned, *, snapshots: bool) -> None:
+    lock = try_lock(f"{folder}/.prepare-lock")
+    if lock is None:
+        result.kept.append(f"{folder} (a prepare is at work)")
+        return
+    try:
+        if snapshots:
+            for engine in ENGINES:
+                if os.path.islink(f"{folder}/{engine}"):
+                    # The link goes first: whoever comes now is told that there is no snapshot, not that it is damaged.
+                    path = f"{folder}/{os.readlink(f'{folder}/{engine}')}"
+                    if in_use(path):
+                        result.kept.append(path)
+                        continue
+                    os.unlink(f"{folder}/{engine}")
+        swept = sweep(folder)
+        result.removed.extend(swept.removed)
+        result.kept.extend(path for path in swept.kept if path not in result.kept)
+        if set(os.listdir(folder)) <= {".prepare-lock"}:
+            remove_tree(folder)
+    finally:
+        os.close(lock)
+
+
+def clean(*, version: str | None = None, everything: bool = False) -> Cleaned:
+    """Remove the snapshots of `version`, or with `everything` all of them and the build caches, or leftovers only.
+
+    Nothing that a VM uses or a prepare is making is removed. Raises `SnapshotMissing` for a version that is not there.
+    """
+    result = Cleaned([], [])
+    root = config.snapshots_dir()
+    if version is not None:
+        if not os.path.isdir(f"{root}/{version}"):
+            raise SnapshotMissing(f"there is no snapshot of Deephaven {version}", hint="`dhg vm status` lists them")
+        _clean_version(f"{root}/{version}", result, snapshots=True)
+        return result
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        names = []
+    for name in names:
+        _clean_version(f"{root}/{name}", result, snapshots=everything)
+    for stage in ("base", "image"):
+        _clean_stage(f"{config.cache_dir()}/{stage}", result, everything=everything)
+    return result
+
+
+def _clean_stage(folder: str, result: Cleaned, *, everything: bool) -> None:
+    if not os.path.isdir(folder):
+        return
+    # A prepare holds this lock shared from its first stage to its end; a VM needs the root image that it booted from.
+    lock = try_lock(f"{config.home()}/.prepare-lock")
+    if lock is None:
+        result.kept.append(f"{folder} (a prepare is at work)")
+        return
+    try:
+        images = {image_of(path) for path in generations()}
+        for name in sorted(os.listdir(folder)):
+            path = f"{folder}/{name}"
+            if name.startswith(".tmp-") or (everything and name[0] != "." and path not in images and not result.kept):
+                remove_tree(path)
+                result.removed.append(path)
+    finally:
+        os.close(lock)
