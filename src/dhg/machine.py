@@ -22,7 +22,8 @@ class Machine:
         #: Phases in milliseconds, in order.
         self.phases: dict[str, float] = {}
         self.snapshot = snapshot
-        self._clock = time.monotonic_ns()
+        #: When the restore began, on the monotonic clock.
+        self.began_ns = self._clock = time.monotonic_ns()
         state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock)

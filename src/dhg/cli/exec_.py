@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # not `signal`, which builds enums at import
 import os
 import sys
 import time
@@ -37,12 +38,13 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Run a script; the exit code. Raises `DhgError`."""
-    began = time.monotonic_ns()
+    began, entered_cpu_ns = time.monotonic_ns(), time.process_time_ns()
     values = parse(argv, OPTIONS, verb="exec", stop_at_first=True)
     if values.flag("help"):
         sys.stdout.write(help_text(USAGE, OPTIONS, MORE))
         return 0
     timeout = values.text("timeout")
+    _signal.signal(proc.SIGTERM, _terminated)
     deadline = proc.Deadline(positive_number("--timeout", timeout)) if timeout else None
     if not values.flag("vm"):
         raise UsageError("without --vm there is nothing to run in yet", hint="dhg exec --vm ...")
@@ -69,8 +71,14 @@ def main(argv: list[str]) -> int:
         if verbose:
             done = time.monotonic_ns()
     if verbose:
-        _show_phases(began, done, time.monotonic_ns(), vm)
+        _show_phases(entered_cpu_ns, began, done, time.monotonic_ns(), vm)
     return result.exit_code
+
+
+def _terminated(number: int, _: object) -> None:
+    # Unwinds to the VM's context manager, as Ctrl+C does; twice must not cut that short.
+    _signal.signal(number, 1)
+    raise SystemExit(128 + number)
 
 
 class Source:
@@ -154,9 +162,14 @@ def _show_command(argv: list[str]) -> None:
     sys.stderr.write(f"dhg: {shlex.join(argv)}\n")
 
 
-def _show_phases(began: int, done: int, ended: int, vm: machine.Machine) -> None:
+def _show_phases(entered_cpu_ns: int, began: int, done: int, ended: int, vm: machine.Machine) -> None:
     # What the interpreter did before it came to us is all CPU time, so the process's CPU clock tells it.
-    before = max(0.0, time.process_time_ns() / 1e6 - (ended - began) / 1e6)
-    phases = {"interpreter start": before, **vm.phases, "close": (ended - done) / 1e6}
+    before = max(0.0, entered_cpu_ns / 1e6)
+    phases = {
+        "interpreter start": before,
+        "client": (vm.began_ns - began) / 1e6,
+        **vm.phases,
+        "close": (ended - done) / 1e6,
+    }
     phases["total"] = before + (ended - began) / 1e6
     sys.stderr.write("".join(f"dhg: {name:<20}{value:8.1f} ms\n" for name, value in phases.items()))

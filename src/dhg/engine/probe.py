@@ -122,7 +122,8 @@ def probe_kvm(qemu: str, kernel: str, initramfs: bytes) -> Kvm:
             text = proc.run(probe_argv(qemu, kernel, f"{folder}/initramfs"), timeout_s=PROBE_TIMEOUT_S)
         except DhgError as error:
             last = (error.detail or "").strip().splitlines()
-            return Kvm(False, f"no stock kernel boots on it: {error}" + (f" ({last[-1]})" if last else ""))
+            said = last[-1].removeprefix("qemu-system-x86_64: ")[:100] if last else str(error)
+            return Kvm(False, f"no stock kernel boots on it: {said}")
     if PROBE_TOKEN in text:
         return Kvm(True, "a stock kernel boots on it")
     return Kvm(False, "no stock kernel boots on it")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .qmp import CHANNELS, FD_CONSOLE, FD_QMP, FD_STATE, Vm
+from .qmp import CHANNELS, FD_CONSOLE, FD_QMP, Vm
 
 #: The kernel command line. tsc_early_khz is appended: without a TSC of known frequency a TCG guest has a 4 ms clock.
 KERNEL_ARGS = (
@@ -72,7 +72,7 @@ def memory_args(spec: Spec, ram: str, *, shared: bool) -> list[str]:
 
 def kernel_args(spec: Spec) -> list[str]:
     """Kernel, initramfs and command line."""
-    append = KERNEL_ARGS
+    append = f"{KERNEL_ARGS} dhg.accel={spec.accel}"
     if spec.accel == "tcg" and spec.tsc_khz:
         append += f" tsc_early_khz={spec.tsc_khz}"
     return ["-kernel", spec.kernel, "-initrd", spec.initramfs, "-append", append]
@@ -137,11 +137,9 @@ def restore_argv(spec: Spec, ram: str) -> list[str]:
         "null,id=console",
         "-serial",
         "chardev:console",
-        # The capability that the snapshot was written with; the state's descriptor is inherited.
-        "-global",
-        "migration.x-ignore-shared=on",
+        # Not fd: at once: QEMU 7.2 can set the capability that the snapshot was written with over QMP only.
         "-incoming",
-        f"fd:{FD_STATE}",
+        "defer",
     ]
 
 

@@ -66,8 +66,6 @@ SET_CAPABILITIES = (
     b'{"execute":"migrate-set-capabilities","arguments":{"capabilities":['
     b'{"capability":"x-ignore-shared","state":true},{"capability":"events","state":true}]}}\n'
 )
-STOP = b'{"execute":"stop"}\n'
-QUERY_STATUS = b'{"execute":"query-status"}\n'
 QUIT = b'{"execute":"quit"}\n'
 COMPLETED, FAILED = b'"status": "completed"', b'"status": "failed"'
 
@@ -128,8 +126,10 @@ def freeze(vm: Vm, state: str, *, timeout_s: float = 60.0) -> None:
     deadline = proc.Deadline(timeout_s)
     fd = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        vm.qmp.send(CAPABILITIES, STOP)
-        vm.qmp.wait_for(b'"STOP"', deadline=deadline)
+        # Not stopped before: the state then says `running`, and whoever loads it goes on by itself. QEMU stops the guest
+        # while it writes the state, and leaves it so.
+        vm.qmp.send(CAPABILITIES)
+        vm.qmp.wait_for(b'"return"', deadline=deadline)
         vm.qmp.send(SET_CAPABILITIES)
         vm.qmp.wait_for(b'"return"', deadline=deadline)
         # fd: and not exec: (which the sandbox forbids, and which can report `completed` before the file is whole).
@@ -154,15 +154,17 @@ def _send_fd(sock: _socket.socket, data: bytes, fd: int) -> None:
 def start(argv: Sequence[str], *, state: int, lock: int) -> Vm:
     """Start QEMU for a restore from the device state in the descriptor `state`; does not wait.
 
-    `lock` is held by QEMU for as long as it lives. The command line says `-incoming fd:`, so QEMU loads the state and resumes
-    by itself.
+    `lock` is held by QEMU for as long as it lives. QEMU loads the state and resumes by itself.
     """
     vm = Vm(argv, extra={FD_STATE: state, FD_LOCK: lock})
-    # Without capabilities QEMU reports no events; the query covers a resume that came before them.
-    vm.qmp.send(CAPABILITIES, QUERY_STATUS)
+    vm.qmp.send(
+        CAPABILITIES,
+        SET_CAPABILITIES,
+        b'{"execute":"migrate-incoming","arguments":{"uri":"fd:%d"}}\n' % FD_STATE,
+    )
     return vm
 
 
 def wait_resumed(vm: Vm, *, deadline: proc.Deadline) -> None:
     """Wait until the guest runs: a write to a port before that hangs the guest for good."""
-    vm.qmp.wait_for(b'"RESUME"', b'"status": "running"', deadline=deadline)
+    vm.qmp.wait_for(b'"RESUME"', deadline=deadline, errors=(b'"error"', FAILED))

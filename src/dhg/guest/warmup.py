@@ -5,9 +5,11 @@ Guest code: standard library and Deephaven only.
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,15 +25,24 @@ JVM_ARGS = [
     "-Ddeephaven.console.type=python",
 ]
 
+# Under software emulation C2's own work costs far more than its code gains within the life of a script.
+JVM_ARGS_TCG = ["-XX:TieredStopAtLevel=1"]
+
+
+def jvm_args() -> list[str]:
+    """The JVM's options for the acceleration that the host put on the kernel's command line."""
+    with open("/proc/cmdline") as file:
+        words = file.read().split()
+    return JVM_ARGS + (JVM_ARGS_TCG if "dhg.accel=tcg" in words else [])
+
 
 def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     """Start the server and run the warm-up scripts; the versions of what runs."""
     log("starting the JVM")
 
-    log("imported")
     from deephaven_server import Server
 
-    server = Server(port=10000, jvm_args=JVM_ARGS, default_jvm_args=["-XX:+OmitStackTraceInFastThrow"])
+    server = Server(port=10000, jvm_args=jvm_args(), default_jvm_args=["-XX:+OmitStackTraceInFastThrow"])
     log("starting the server")
     server.start()
     log("warming up")
@@ -50,7 +61,8 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
 
     runner.reseeders.append(reseed_python)
     reseed_python()
-    jpy.get_type("java.lang.System").gc()
+    log("collecting garbage")
+    give_back(jpy)
     return {
         "deephaven": deephaven.__version__,
         "python": sys.version.split()[0],
@@ -66,16 +78,80 @@ def _run_scripts(log: Callable[[str], None]) -> None:
         log(f"warm-up: {name}")
         names: dict[str, Any] = {"__name__": "__main__"}
         exec(compile(source, f"<warm-up {name}>", "exec", dont_inherit=True), names)
+        names.clear()
 
 
+# What scripts do first, so that its classes are loaded, its code compiled and its modules imported. Each leaves nothing behind.
 SCRIPTS = {
-    "update": """
-from deephaven import empty_table
+    "update, where, agg_by, join, sort": """
+from deephaven import agg, empty_table
+from deephaven import new_table
+from deephaven.column import double_col, int_col, long_col, string_col
 for n in 1, 1000, 1_000_000:
     t = empty_table(n).update('x = i')
     assert t.size == n
+t = empty_table(1000).update(['g = ii % 7', 's = `s` + g', 'v = i * 0.5', 'ts = now()'])
+assert t.where(['g > 2', 's != `s5`']).size > 0
+assert t.agg_by([agg.sum_('sv = v'), agg.avg('av = v'), agg.count_('n')], by=['g']).size == 7
+assert t.view(['g', 'v']).sum_by('g').size == t.last_by('g').size
+right = new_table([long_col('g', [0, 1]), string_col('name', ['a', 'b']), int_col('n', [1, 2]), double_col('d', [1.0, 2.0])])
+assert t.natural_join(right, on='g', joins='name').sort('v').sort_descending('g').size == 1000
+assert t.join(right, on='g').select(['g', 'name']).head(5).size == 5
+print(t.size)
+""",
+    "ticking table": """
+import time
+from deephaven import time_table
+t = time_table('PT0.02s').update('y = ii * 2')
+n = t.last_by()
+until = time.monotonic() + 120
+while t.size < 3:
+    assert time.monotonic() < until, 'the update graph does not run'
+    time.sleep(0.05)
+n.close() if hasattr(n, 'close') else None
+""",
+    "csv": """
+import os
+from deephaven import read_csv, write_csv
+with open('/tmp/warm.csv', 'w') as file:
+    file.write('sym,price,qty\\n' + ''.join(f'S{i % 5},{i / 7},{i}\\n' for i in range(2000)))
+t = read_csv('/tmp/warm.csv')
+assert t.size == 2000
+write_csv(t.head(10), '/tmp/warm2.csv')
+os.unlink('/tmp/warm.csv')
+os.unlink('/tmp/warm2.csv')
+""",
+    "parquet": """
+import os
+from deephaven import empty_table, parquet
+t = empty_table(1000).update(['x = i', 's = `a` + i', 'd = i / 3.0'])
+parquet.write(t, '/tmp/warm.parquet')
+assert parquet.read('/tmp/warm.parquet').select().size == 1000
+os.unlink('/tmp/warm.parquet')
+""",
+    "pandas, numpy": """
+import pandas
+from deephaven import empty_table
+from deephaven.numpy import to_numpy
+from deephaven.pandas import to_pandas, to_table
+frame = to_pandas(empty_table(1000).update(['x = i', 's = `a` + i', 'd = i / 3.0']))
+frame.head(10).to_string(index=False)
+assert to_table(frame).size == 1000
+assert frame.groupby('s').d.mean().size == 1000
+to_numpy(empty_table(10).update('x = i'))
 """,
 }
+
+
+def give_back(jpy: Any) -> None:
+    """Collect garbage in Python and in the JVM, and leave zeros where the JVM's young generation keeps old bytes."""
+    gc.collect()
+    system = jpy.get_type("java.lang.System")
+    # References that only a cleaner thread drops go away with the second collection.
+    system.gc()
+    time.sleep(0.2)
+    gc.collect()
+    system.gc()
 
 
 def shrink() -> None:

@@ -9,6 +9,7 @@ import os
 import secrets
 import select
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,7 @@ def _keep_console(tmp: str, log: str) -> None:
 def _fill(
     tmp: str, final: str, spec: qemu.Spec, initramfs: bytes, inputs: dict[str, Any], version: str, progress: Progress
 ) -> None:
+    began = time.monotonic()
     _write(f"{tmp}/initramfs", initramfs)
     _write(f"{tmp}/lock", b"")
     console = os.open(f"{tmp}/console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -228,6 +230,7 @@ def _fill(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inputs": inputs,
         "tsc_khz": spec.tsc_khz,
+        "prepare_s": round(time.monotonic() - began, 1),
         "guest": versions,
         "files": files,
     }

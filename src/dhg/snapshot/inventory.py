@@ -29,6 +29,7 @@ def describe(path: str) -> dict[str, Any]:
         "disk_bytes": _disk_bytes(path),
         "created": None,
         "age_s": 0.0,
+        "prepare_s": None,
         "memory_mib": None,
         "vcpus": None,
         "in_use": in_use(path),
@@ -41,6 +42,7 @@ def describe(path: str) -> dict[str, Any]:
         inputs = manifest["inputs"]
         created = datetime.datetime.fromisoformat(manifest["created"])
         item.update({key: inputs[key] for key in ("accel", "memory_mib", "vcpus")}, created=manifest["created"])
+        item["prepare_s"] = manifest["prepare_s"]
         item["age_s"] = (datetime.datetime.now(datetime.UTC) - created).total_seconds()
     except (OSError, ValueError, KeyError, TypeError) as error:
         item["problem"] = f"damaged: no readable manifest ({error})"
