@@ -220,9 +220,10 @@ def main() -> None:
     ]
     for row in extra:
         print(line(row))
+    where = host["host"]
     machine = (
-        f"{host['host']['cpu']}, {host['host']['cpus']} CPUs, {host['host']['memory_mib'] >> 10} GiB, Linux {host['host']['kernel']}, "
-        f"Python {platform.python_version()}, QEMU {host['host']['qemu']['version']}, acceleration {snapshot['accel']}, "
+        f"{where['cpu']}, {where['cpus']} CPUs, {where['memory_mib'] >> 10} GiB, Linux {where['kernel']}, "
+        f"Python {platform.python_version()}, QEMU {where['qemu']['version']}, acceleration {snapshot['accel']}, "
         f"{snapshot['memory_mib']} MiB and {snapshot['vcpus']} vCPU a VM, Deephaven {snapshot['version']}"
     )
     text = f"# Benchmark\n\n`./dev bench`, {datetime.date.today()}. {machine}.\n\nWhole processes from outside.\n\n"
