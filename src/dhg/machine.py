@@ -22,6 +22,10 @@ class Machine:
         #: Phases in milliseconds, in order.
         self.phases: dict[str, float] = {}
         self.snapshot = snapshot
+        self.version = snapshot.version
+        self.engine = snapshot.engine
+        self.acceleration = snapshot.accel
+        self._session: client.Session | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
         state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
@@ -61,7 +65,7 @@ class Machine:
             hint = f"the script did not run; {store.prepare_hint(self.snapshot.version)[:-1]} --force` makes the snapshot anew"
             raise MachineError(f"the VM could not be restored: {error}", hint=hint, detail=error.detail) from error
         self._phase("load and resume")
-        session = client.Session(vm.control, vm.stdout, vm.stderr)
+        self._session = session = client.Session(vm.control, vm.stdout, vm.stderr)
         source = None if stdin is None or not request.stdin else (stdin, vm.stdin)
         result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source)
         now = time.monotonic_ns()
@@ -71,6 +75,19 @@ class Machine:
         self.phases["wake-up and result"] = whole - (result.ready_ns + result.script_ns) / 1e6
         self._clock = now
         return result
+
+    def interrupt(self) -> bool:
+        """Raise KeyboardInterrupt in the script; False if none runs. May be called from a signal handler."""
+        return self._session is not None and self._session.interrupt()
+
+    @property
+    def command(self) -> list[str]:
+        """The VMM's command line."""
+        return self.snapshot.argv
+
+    def usage(self) -> dict[str, int]:
+        """What the VM has cost so far: pages faulted and bytes read from disk. Call it before `close`."""
+        return proc.usage(self._vm.process.pid)
 
     def close(self) -> None:
         """Kill the VM and reap it."""

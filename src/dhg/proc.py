@@ -212,6 +212,21 @@ def tail(text: str, lines: int = 20) -> str:
     return "\n".join(text.rstrip().splitlines()[-lines:])
 
 
+def usage(pid: int) -> dict[str, int]:
+    """Page faults and bytes read from disk of a running process (proc(5): stat, io); zeros where that is not to be had."""
+    found = {"pages_faulted": 0, "major_faults": 0, "bytes_read": 0}
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            words = file.read().rpartition(")")[2].split()
+        found["pages_faulted"] = int(words[7]) + int(words[9])
+        found["major_faults"] = int(words[9])
+        with open(f"/proc/{pid}/io") as file:
+            found["bytes_read"] = next(int(line.split()[1]) for line in file if line.startswith("read_bytes:"))
+    except (OSError, ValueError, StopIteration):
+        pass
+    return found
+
+
 class Deadline:
     """A point on the monotonic clock; `left()` are the seconds until then, at least 0."""
 

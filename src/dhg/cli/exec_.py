@@ -8,9 +8,13 @@ import sys
 import time
 
 from .. import machine, proc
-from ..errors import HostError, UsageError
-from ..wire import client
-from .options import Option, help_text, parse, positive_number
+from ..errors import DeadlineExceeded, HostError, UsageError
+from ..wire import client, frames
+from .options import Option, Values, help_text, parse, positive_integer, positive_number
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .. import embedded
 
 OPTIONS = [
     Option("-c", "CODE", "the script itself"),
@@ -18,22 +22,31 @@ OPTIONS = [
     Option("--version", "V", "Deephaven version (default: DHG_VERSION, or the newest snapshot)"),
     Option("--env", "NAME[=VALUE]", "pass an environment variable; may be repeated", repeat=True),
     Option("--timeout", "S", "end the run S seconds after the command began (exit 3)"),
+    Option("--rows", "N", "rows of each table that the script leaves (default 10)"),
+    Option("--no-show-tables", None, "do not show the tables that the script leaves"),
+    Option("--no-table-meta", None, "show them without their columns' types"),
+    Option("--json", None, "one JSON object on stdout instead: outcome, output, error, tables"),
     Option("-v, --verbose", None, "show the phases in ms on stderr"),
-    Option("--debug", None, "show Python tracebacks of dhg's own errors, and the VM's command line"),
+    Option("-q, --quiet", None, "no notes of dhg's own on stderr, only errors"),
+    Option("--debug", None, "show Python tracebacks of dhg's own errors, and the VM's command"),
     Option("-h, --help", None, "show this help"),
 ]
 
-USAGE = "usage: dhg exec --vm [options] (-c CODE | SCRIPT | -) [ARG...]"
+USAGE = "usage: dhg exec [--vm] [options] (-c CODE | SCRIPT | -) [ARG...]"
 
 MORE = """\
-What the script prints is passed on as it prints it; the exit code is the script's. Other exit codes: 1 the script
-raised, 2 usage or host problem, 3 timeout, 4 no such snapshot, 130 Ctrl+C.
+Without --vm the script runs in a Deephaven server of its own on this host (pip install 'dhg[embedded]').
+Exit codes: the script's own; 1 it raised, 2 usage or host problem, 3 timeout, 4 no snapshot, 130 Ctrl+C.
 
 examples:
   dhg exec --vm -c "print('hello')"
   dhg exec --vm report.py 2026-01-31
   echo "print(6 * 7)" | dhg exec --vm -
 """
+
+#: How long a script that was interrupted may take to wind up.
+GRACE_S = 2.0
+SIGALRM, SIG_IGN, ITIMER_REAL = 14, 1, 0
 
 
 def main(argv: list[str]) -> int:
@@ -43,41 +56,104 @@ def main(argv: list[str]) -> int:
     if values.flag("help"):
         sys.stdout.write(help_text(USAGE, OPTIONS, MORE))
         return 0
-    timeout = values.text("timeout")
-    _signal.signal(proc.SIGTERM, _terminated)
-    deadline = proc.Deadline(positive_number("--timeout", timeout)) if timeout else None
-    if not values.flag("vm"):
-        raise UsageError("without --vm there is nothing to run in yet", hint="dhg exec --vm ...")
-    source = Source(values.text("c"), values.rest)
-    environ = _environ(values.texts("env"))
-    verbose = values.flag("verbose")
-    with machine.restore(values.text("version")) as vm:
-        if values.flag("debug"):
-            _show_command(vm.snapshot.argv)
-        # The VMM starts while the source is read.
-        request = client.Request(
-            source.read(), source.filename, args=source.args, environ=environ, stdin=source.leaves_stdin
-        )
+    if values.flag("json"):
+        from . import report
+
+        return report.main(values)
+    run = Run(values)
+    with run.start() as vm:
         try:
-            result = vm.run(
-                request,
-                stdout=_writer(1),
-                stderr=_writer(2),
-                deadline=deadline,
-                stdin=0 if source.leaves_stdin else None,
-            )
+            result = run.finish(vm, _writer(1), _writer(2))
         except _ReaderGone:
             return 128 + proc.SIGPIPE
-        if verbose:
-            done = time.monotonic_ns()
-    if verbose:
+        done = time.monotonic_ns()
+    if values.flag("verbose"):
         _show_phases(entered_cpu_ns, began, done, time.monotonic_ns(), vm)
     return result.exit_code
 
 
+class Run:
+    """One `exec`: what its options say, and the signals that end it. Raises `UsageError` for options that make no sense."""
+
+    __slots__ = ("_deadline", "_environ", "_interrupted", "_source", "_values", "flags", "rows")
+
+    def __init__(self, values: Values) -> None:
+        self._values = values
+        self._interrupted = False
+        timeout = values.text("timeout")
+        self._deadline = proc.Deadline(positive_number("--timeout", timeout)) if timeout else None
+        rows = values.text("rows")
+        self.rows = positive_integer("--rows", rows) if rows else 10
+        self.flags = 0 if values.flag("no_show_tables") else frames.FLAG_TABLES
+        if not values.flag("no_table_meta"):
+            self.flags |= frames.FLAG_TABLE_META
+        self._source = Source(values.text("c"), values.rest)
+        self._environ = _environ(values.texts("env"))
+        if not values.flag("vm") and "--vm" in self._source.args:
+            raise UsageError(
+                "--vm stands after the script and would be an argument of it: the script would run on this host",
+                hint="put --vm before the script, or -- before the script's arguments",
+            )
+
+    def start(self) -> machine.Machine | embedded.Embedded:
+        """Begin to start what the script will run in."""
+        _signal.signal(proc.SIGTERM, _terminated)
+        if self._values.flag("vm"):
+            vm: machine.Machine | embedded.Embedded = machine.restore(self._values.text("version"))
+        else:
+            if self._values.text("version"):
+                raise UsageError("--version needs --vm: without it the installed deephaven-server runs")
+            from ..embedded import Embedded
+
+            vm = Embedded()
+        if self._values.flag("debug"):
+            _show_command(vm.command)
+        return vm
+
+    def finish(
+        self, vm: machine.Machine | embedded.Embedded, stdout: client.Sink, stderr: client.Sink
+    ) -> client.Result:
+        """Run the script in it. Raises `DhgError`, KeyboardInterrupt."""
+        source, deadline = self._source, self._deadline
+
+        def interrupted(*_: object) -> None:
+            if self._interrupted or not vm.interrupt():
+                raise KeyboardInterrupt
+            self._interrupted = True
+            _signal.setitimer(ITIMER_REAL, GRACE_S)
+
+        def alarmed(*_: object) -> None:
+            # Also ends a write to a reader that does not read.
+            if self._interrupted or deadline is None:
+                raise KeyboardInterrupt
+            raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint="the script was running")
+
+        _signal.signal(proc.SIGINT, interrupted)
+        _signal.signal(SIGALRM, alarmed)
+        if deadline is not None:
+            _signal.setitimer(ITIMER_REAL, deadline.left() + 0.05)
+        try:
+            # The VMM starts while the source is read.
+            request = client.Request(
+                source.read(),
+                source.filename,
+                args=source.args,
+                environ=self._environ,
+                stdin=source.leaves_stdin,
+                flags=self.flags,
+                rows=self.rows,
+            )
+            return vm.run(
+                request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=0 if source.leaves_stdin else None
+            )
+        finally:
+            _signal.setitimer(ITIMER_REAL, 0)
+            _signal.signal(proc.SIGINT, SIG_IGN)
+
+
 def _terminated(number: int, _: object) -> None:
     # Unwinds to the VM's context manager, as Ctrl+C does; twice must not cut that short.
-    _signal.signal(number, 1)
+    _signal.signal(number, SIG_IGN)
     raise SystemExit(128 + number)
 
 
@@ -162,7 +238,9 @@ def _show_command(argv: list[str]) -> None:
     sys.stderr.write(f"dhg: {shlex.join(argv)}\n")
 
 
-def _show_phases(entered_cpu_ns: int, began: int, done: int, ended: int, vm: machine.Machine) -> None:
+def _show_phases(
+    entered_cpu_ns: int, began: int, done: int, ended: int, vm: machine.Machine | embedded.Embedded
+) -> None:
     # What the interpreter did before it came to us is all CPU time, so the process's CPU clock tells it.
     before = max(0.0, entered_cpu_ns / 1e6)
     phases = {

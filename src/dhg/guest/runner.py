@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import io
 import os
+import signal
 import struct
 import sys
 import threading
@@ -21,22 +21,23 @@ import time
 import types
 from typing import Any
 
-import frames
+from ..wire import frames
+from . import preview, script, stdio
 
-CONTROL = "/run/dhg/control"
-STDOUT = "/run/dhg/stdout"
-STDERR = "/run/dhg/stderr"
-STDIN = "/run/dhg/stdin"
+RUN_DIR = "/run/dhg"
 
 # linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
+# linux/fcntl.h, missing in the module: F_SETOWN_EX and its F_OWNER_TID.
+F_SETOWN_EX = 15
+F_OWNER_TID = 0
 
 
 class Request:
     """A decoded REQUEST."""
 
-    __slots__ = ("args", "end_mark", "entropy", "environ", "filename", "flags", "source", "time_ns")
+    __slots__ = ("args", "end_mark", "entropy", "environ", "filename", "flags", "rows", "source", "time_ns")
 
     def __init__(self, payload: bytes) -> None:
         found = frames.fields(payload)
@@ -48,11 +49,12 @@ class Request:
         self.entropy = found[frames.F_ENTROPY][0]
         self.end_mark = found[frames.F_END_MARK][0]
         self.flags = frames.integer(found[frames.F_FLAGS][0])
+        self.rows = frames.integer(found[frames.F_ROWS][0])
 
 
 def read_frame(fd: int) -> tuple[int, bytes]:
     """The next frame from `fd`; blocks."""
-    data = os.read(fd, 65536)
+    data = _more(fd, 65536)
     while len(data) < frames.HEAD_SIZE:
         data += _more(fd, frames.HEAD_SIZE - len(data))
     kind, size = frames.head(data)
@@ -74,33 +76,27 @@ def _more(fd: int, size: int) -> bytes:
     return data
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data` to `fd`; blocks while the other side does not read."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
 class Runner:
-    """Holds what is prepared before the freeze, so that little is left to do after it."""
+    """Holds what is prepared before the freeze, so that little is left to do after it.
 
-    def __init__(self, control: int) -> None:
+    `clone` says that this is a VM restored from a snapshot, which has to be told the time and given entropy; otherwise the
+    runner lives in a process of the host's.
+    """
+
+    def __init__(self, control: int, *, clone: bool) -> None:
         self.control = control
-        self.urandom = os.open("/dev/urandom", os.O_RDWR)
-        self.main_module = sys.modules["__main__"]
-        self.main_names = frozenset(vars(self.main_module))
+        self.clone = clone
+        self.urandom = os.open("/dev/urandom", os.O_RDWR) if clone else -1
+        self.names: dict[str, Any] = {}
         self.reseeders: list[Any] = []
+        self.finder: preview.Finder | None = None
 
-    def attach_stdio(self) -> None:
-        """Put the script's channels on descriptors 0, 1 and 2, of Python, the JVM and every child."""
-        for path, fd, flags in ((STDIN, 0, os.O_RDONLY), (STDOUT, 1, os.O_WRONLY), (STDERR, 2, os.O_WRONLY)):
-            port = os.open(path, flags)
-            os.dup2(port, fd)
-            os.close(port)
-        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "rb", closefd=False)))
-        sys.stdout = _text_writer(1, "strict")
-        sys.stderr = _text_writer(2, "backslashreplace")
-        vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
+    def own_main(self) -> None:
+        """Give the script a `__main__` of its own, as the interpreter makes it."""
+        module = types.ModuleType("__main__")
+        self.names = vars(module)
+        self.names.update(__builtins__=__builtins__, __annotations__={})
+        sys.modules["__main__"] = module
 
     def wake(self, request: Request) -> None:
         """Make this clone true and unlike every other: clock, kernel RNG, the PRNGs of Python, NumPy, the JVM."""
@@ -111,53 +107,45 @@ class Runner:
         for reseed in self.reseeders:
             reseed()
 
-    def run(self, request: Request) -> int:
-        """Run the script of `request`; its exit status."""
-        sys.argv = [request.filename if request.filename != "<string>" else "-c", *request.args]
+    def watch_for_interrupt(self) -> None:
+        """From now on whatever the host sends on the control channel interrupts the main thread.
+
+        By signal and not by a thread that reads: it costs nothing until it happens, and ends a system call that blocks.
+        """
+        signal.signal(signal.SIGIO, self._interrupted)
+        fcntl.fcntl(self.control, F_SETOWN_EX, struct.pack("ii", F_OWNER_TID, threading.get_native_id()))
+        fcntl.fcntl(self.control, fcntl.F_SETFL, fcntl.fcntl(self.control, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+
+    def _interrupted(self, *_: object) -> None:
+        try:
+            data = os.read(self.control, 4096)
+        except OSError:
+            return
+        if len(data) >= frames.HEAD_SIZE and frames.head(data)[0] == frames.INTERRUPT:
+            # Not KeyboardInterrupt at once: a script may have a handler of its own.
+            signal.raise_signal(signal.SIGINT)
+
+    def run(self, request: Request) -> tuple[script.Outcome, list[str]]:
+        """Run the script and show its tables; its outcome and, if asked for, the tables as JSON."""
         for item in request.environ:
             name, _, value = item.partition("=")
             os.environ[name] = value
         if not request.flags & frames.FLAG_STDIN:
-            null = os.open("/dev/null", os.O_RDONLY)
-            os.dup2(null, 0)
-            os.close(null)
-        names = vars(self.main_module)
-        if request.filename != "<string>":
-            names["__file__"] = request.filename
-        try:
-            code = compile(request.source, request.filename, "exec", dont_inherit=True)
-            exec(code, names)
-        except SystemExit as stop:
-            return _exit_status(stop)
-        except BaseException as error:
-            self.show_exception(error, request)
-            return 1
-        return 0
-
-    def show_exception(self, error: BaseException, request: Request) -> None:
-        """Print the traceback of `error` without the frame of `run`."""
-        import linecache
-        import traceback
-
-        source = request.source.decode("utf-8", "replace")
-        linecache.cache[request.filename] = (len(source), None, source.splitlines(keepends=True), request.filename)
-        trace = error.__traceback__
-        sys.stdout.flush()
-        traceback.print_exception(type(error), error, trace.tb_next if trace else None)
-
-    def finish(self, request: Request) -> None:
-        """Wait for the script's threads, flush, and close stdout and stderr with the end mark."""
-        current = threading.current_thread()
-        for thread in threading.enumerate():
-            if thread is not current and not thread.daemon and not isinstance(thread, threading._DummyThread):
-                thread.join()
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                pass
-        write_all(1, request.end_mark)
-        write_all(2, request.end_mark)
+            stdio.no_input()
+        if not self.clone and request.filename[:1] != "<":
+            sys.path[0] = os.path.dirname(os.path.abspath(request.filename))
+        out = sys.stdout
+        outcome = script.Script(request.source, request.filename, request.args, self.names).run()
+        tables: list[str] = []
+        if request.flags & frames.FLAG_TABLES and not outcome.raised and self.finder is not None:
+            meta, as_json = bool(request.flags & frames.FLAG_TABLE_META), bool(request.flags & frames.FLAG_JSON)
+            for text, data in self.finder.texts_and_data(self.names, request.rows, meta=meta, data=as_json):
+                if data is not None:
+                    tables.append(data)
+                elif not as_json:
+                    out.write(text)
+            out.flush()
+        return outcome, tables
 
     def serve(self) -> None:
         """Wait for the request, run it, report. Returns when the result is with the host."""
@@ -166,66 +154,87 @@ class Runner:
         if kind != frames.REQUEST:
             raise frames.FrameError(f"kind {kind} instead of a request")
         request = Request(payload)
-        self.wake(request)
+        if self.clone:
+            self.wake(request)
+        self.watch_for_interrupt()
         released = time.monotonic_ns()
-        status = self.run(request)
-        self.finish(request)
+        outcome, tables = self.run(request)
+        # A second Ctrl+C must not cut the report short.
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        os.set_blocking(self.control, True)
+        stdio.write_all(1, request.end_mark)
+        stdio.write_all(2, request.end_mark)
         done = time.monotonic_ns()
-        result = (
-            frames.field(frames.F_EXIT, status)
-            + frames.field(frames.F_READY_NS, released - woken)
-            + frames.field(frames.F_SCRIPT_NS, done - released)
-        )
-        write_all(self.control, frames.frame(frames.RESULT, result))
+        stdio.write_all(self.control, result(outcome, tables, released - woken, done - released))
 
 
-def _text_writer(fd: int, errors: str) -> io.TextIOWrapper:
-    raw = io.FileIO(fd, "wb", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw, 65536), encoding="utf-8", errors=errors, line_buffering=True)
-
-
-def _exit_status(stop: SystemExit) -> int:
-    code = stop.code
-    if code is None:
-        return 0
-    if isinstance(code, int):
-        return code & 0xFF
-    sys.stdout.flush()
-    print(code, file=sys.stderr)
-    return 1
+def result(outcome: script.Outcome, tables: list[str], ready_ns: int, script_ns: int) -> bytes:
+    """The RESULT frame; tables that do not fit are left out."""
+    payload = frames.field(frames.F_EXIT, outcome.exit_code)
+    payload += frames.field(frames.F_READY_NS, ready_ns) + frames.field(frames.F_SCRIPT_NS, script_ns)
+    if outcome.result_repr is not None:
+        payload += frames.field(frames.F_REPR, outcome.result_repr)
+    if outcome.error is not None:
+        for key, text in zip(
+            (frames.F_ERROR_TYPE, frames.F_ERROR_MESSAGE, frames.F_ERROR_TRACEBACK), outcome.error, strict=True
+        ):
+            payload += frames.field(key, text)
+    for table in tables:
+        if len(payload) + len(table) < frames.MAX_PAYLOAD // 4:
+            payload += frames.field(frames.F_TABLE, table)
+    return frames.frame(frames.RESULT, payload)
 
 
 def log(control: int, text: str) -> None:
-    """Tell the host what the warm-up is at."""
-    write_all(control, frames.frame(frames.LOG, frames.field(frames.F_TEXT, text)))
+    """Tell the host what the start is at."""
+    stdio.write_all(control, frames.frame(frames.LOG, frames.field(frames.F_TEXT, text)))
 
 
 def hello(versions: dict[str, str]) -> bytes:
-    """The frame that says: warm, waiting."""
+    """The frame that says: ready for the request."""
     payload = frames.field(frames.F_PROTOCOL, frames.PROTOCOL)
     for name, value in versions.items():
         payload += frames.field(frames.F_VERSIONS, f"{name}={value}")
-    data: bytes = frames.frame(frames.HELLO, payload)
-    return data
+    return frames.frame(frames.HELLO, payload)
 
 
-def main() -> None:
-    """Start the server, warm up, wait to be frozen, run one request, wait to be killed."""
-    main_module = types.ModuleType("__main__")
-    main_module.__builtins__ = __builtins__  # type: ignore[attr-defined]
-    sys.modules["__main__"] = main_module
-    control = os.open(CONTROL, os.O_RDWR)
-    import warmup
+def main_vm() -> None:
+    """In a VM: start the server, warm up, wait to be frozen, run one request, wait to be killed."""
+    control = os.open(f"{RUN_DIR}/control", os.O_RDWR)
+    from . import warmup
 
-    runner = Runner(control)
+    # A script's `import dhg` is its own affair.
+    sys.path.remove(f"{RUN_DIR}/lib")
+    runner = Runner(control, clone=True)
+    runner.own_main()
     versions = warmup.warm_up(runner, lambda text: log(control, text))
-    runner.attach_stdio()
+    ports = (f"{RUN_DIR}/{name}" for name in ("stdin", "stdout", "stderr"))
+    stdio.attach(
+        *(os.open(port, flags) for port, flags in zip(ports, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True))
+    )
+    script.settle()
     gc.collect()
     gc.freeze()
-    with open("/run/dhg/frozen", "w"):
+    with open(f"{RUN_DIR}/frozen", "w"):
         pass
     warmup.shrink()
-    write_all(control, hello(versions))
+    stdio.write_all(control, hello(versions))
     runner.serve()
     # The host kills the VM as soon as it has the result; whatever the script left running may go on until then.
     threading.Event().wait()
+
+
+def main_embedded(control: int, stdin: int, stdout: int, stderr: int) -> None:
+    """In a process of the host's: start the server, run one request, end."""
+    from . import warmup
+
+    runner = Runner(control, clone=False)
+    runner.own_main()
+    versions = warmup.start_server(lambda text: log(control, text), warmup.JVM_ARGS)
+    runner.finder = preview.Finder()
+    stdio.attach(stdin, stdout, stderr)
+    script.settle()
+    stdio.write_all(control, hello(versions))
+    runner.serve()
+    # Past the JVM's and the server's own exit handlers: nothing of theirs is needed any more, and some take seconds.
+    os._exit(0)

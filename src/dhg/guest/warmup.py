@@ -5,7 +5,9 @@ Guest code: standard library and Deephaven only.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import mmap
 import os
 import sys
@@ -13,72 +15,108 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from . import preview, script
+
 JVM_ARGS = [
-    "-Xmx1g",
     # One VM, few cores, a small heap: the serial collector has no threads of its own that wake up.
     "-XX:+UseSerialGC",
     # Python keeps SIGINT and SIGTERM.
     "-Xrs",
     "-XX:-UsePerfData",
-    "-XX:+UnlockDiagnosticVMOptions",
-    "-XX:-BytecodeVerificationRemote",
     "-Ddeephaven.console.type=python",
 ]
 
-# Under software emulation C2's own work costs far more than its code gains within the life of a script.
-JVM_ARGS_TCG = ["-XX:TieredStopAtLevel=1"]
+# Under software emulation: C2's own work costs far more than its code gains within the life of a script, and
+# verifying classes takes a sixth of the start.
+JVM_ARGS_TCG = ["-XX:TieredStopAtLevel=1", "-XX:+UnlockDiagnosticVMOptions", "-XX:-BytecodeVerificationRemote"]
+
+#: An empty list would be taken for "none given" (start_jvm.py), and Deephaven's own pick G1: a second collector, and the JVM exits.
+HARMLESS = ["-XX:+OmitStackTraceInFastThrow"]
 
 
 def jvm_args() -> list[str]:
-    """The JVM's options for the acceleration that the host put on the kernel's command line."""
+    """The JVM's options for this VM: half of its memory as heap, and what suits the acceleration that the host told."""
     with open("/proc/cmdline") as file:
         words = file.read().split()
-    return JVM_ARGS + (JVM_ARGS_TCG if "dhg.accel=tcg" in words else [])
+    with open("/proc/meminfo") as file:
+        heap_mib = int(file.readline().split()[1]) >> 11
+    return [f"-Xmx{heap_mib}m", *JVM_ARGS, *(JVM_ARGS_TCG if "dhg.accel=tcg" in words else [])]
 
 
-def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
-    """Start the server and run the warm-up scripts; the versions of what runs."""
+def start_server(log: Callable[[str], None], args: list[str]) -> dict[str, str]:
+    """Start Deephaven in this process; the versions of what runs."""
     log("starting the JVM")
-
     from deephaven_server import Server
 
-    server = Server(port=10000, jvm_args=jvm_args(), default_jvm_args=["-XX:+OmitStackTraceInFastThrow"])
+    server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS)
     log("starting the server")
     server.start()
-    log("warming up")
     import deephaven
     import jpy
     import numpy
     import pandas
     import pyarrow
 
-    _run_scripts(log)
-    import random
-
-    def reseed_python() -> None:
-        random.seed(os.urandom(32))
-        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
-
-    runner.reseeders.append(reseed_python)
-    reseed_python()
-    log("collecting garbage")
-    give_back(jpy)
     return {
         "deephaven": deephaven.__version__,
         "python": sys.version.split()[0],
-        "java": jpy.get_type("java.lang.System").getProperty("java.version"),
+        "java": str(jpy.get_type("java.lang.System").getProperty("java.version")),
         "numpy": numpy.__version__,
         "pandas": pandas.__version__,
         "pyarrow": pyarrow.__version__,
     }
 
 
-def _run_scripts(log: Callable[[str], None]) -> None:
+def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
+    """Start the server and run the warm-up scripts; the versions of what runs."""
+    versions = start_server(log, jvm_args())
+    runner.finder = preview.Finder()
+    # The exit handlers of the server and of pandas are for the end of this process, not of a script.
+    script.settle()
     for name, source in SCRIPTS.items():
         log(f"warm-up: {name}")
-        names: dict[str, Any] = {"__name__": "__main__"}
-        exec(compile(source, f"<warm-up {name}>", "exec", dont_inherit=True), names)
-        names.clear()
+        rehearse(runner.finder, name, source)
+    rehearse_failure()
+    runner.reseeders.append(python_reseeder())
+    log("collecting garbage")
+    give_back()
+    return versions
+
+
+def rehearse(finder: preview.Finder, name: str, source: str) -> None:
+    """Run a script the way a user's is, with its table previews. Raises `RuntimeError` if it fails."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    outcome = script.Script(source.encode(), f"<warm-up {name}>", [], names).run()
+    if outcome.exit_code:
+        raise RuntimeError(f"the warm-up script {name!r} failed: {outcome.error}")
+    for text, _ in finder.texts_and_data(names, 10, meta=True, data=True):
+        print(text)
+        if "no preview" in text:
+            raise RuntimeError(f"the warm-up script {name!r}: {text.strip()}")
+    names.clear()
+
+
+def rehearse_failure() -> None:
+    """Run one script that raises, so that the modules that print tracebacks are there."""
+    quiet = io.StringIO()
+    with contextlib.redirect_stderr(quiet):
+        outcome = script.Script(b"def f():\n    1 / 0\nf()\n", "<warm-up>", [], {}).run()
+    if outcome.exit_code != 1 or "ZeroDivisionError" not in quiet.getvalue():
+        raise RuntimeError(f"the warm-up of tracebacks: {quiet.getvalue()}")
+
+
+def python_reseeder() -> Callable[[], None]:
+    """A function that seeds the PRNGs of CPython and NumPy from the kernel's."""
+    import random
+
+    import numpy
+
+    def reseed() -> None:
+        random.seed(os.urandom(32))
+        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
+
+    reseed()
+    return reseed
 
 
 # What scripts do first, so that its classes are loaded, its code compiled and its modules imported. Each leaves nothing behind.
@@ -134,6 +172,7 @@ import pandas
 from deephaven import empty_table
 from deephaven.numpy import to_numpy
 from deephaven.pandas import to_pandas, to_table
+empty = empty_table(0).update('x = i')
 frame = to_pandas(empty_table(1000).update(['x = i', 's = `a` + i', 'd = i / 3.0']))
 frame.head(10).to_string(index=False)
 assert to_table(frame).size == 1000
@@ -143,8 +182,10 @@ to_numpy(empty_table(10).update('x = i'))
 }
 
 
-def give_back(jpy: Any) -> None:
-    """Collect garbage in Python and in the JVM, and leave zeros where the JVM's young generation keeps old bytes."""
+def give_back() -> None:
+    """Collect garbage in Python and in the JVM."""
+    import jpy
+
     gc.collect()
     system = jpy.get_type("java.lang.System")
     # References that only a cleaner thread drops go away with the second collection.

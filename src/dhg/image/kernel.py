@@ -81,15 +81,16 @@ def base_initramfs(files: dict[str, str], busybox: bytes) -> bytes:
 
 
 def guest_files() -> dict[str, bytes]:
-    """The guest's own files by name in the initramfs: init, the runner, the frame format."""
+    """The guest's own files by name in the initramfs: its inits, and the part of this package that runs there."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    names = {"init": "guest/initramfs-init", "dhg/init": "guest/init"}
+    modules = ["__init__.py", "wire/__init__.py", "wire/frames.py"]
+    modules += sorted(f"guest/{name}" for name in os.listdir(f"{package}/guest") if name.endswith(".py"))
+    names |= {f"dhg/lib/dhg/{name}": name for name in modules}
     files = {}
-    for name in sorted(os.listdir(package + "/guest")):
-        if name == "initramfs-init" or name == "init" or (name.endswith(".py") and name != "__init__.py"):
-            with open(f"{package}/guest/{name}", "rb") as file:
-                files["init" if name == "initramfs-init" else f"dhg/{name}"] = file.read()
-    with open(f"{package}/wire/frames.py", "rb") as file:
-        files["dhg/frames.py"] = file.read()
+    for target, name in names.items():
+        with open(f"{package}/{name}", "rb") as file:
+            files[target] = file.read()
     return files
 
 

@@ -10,7 +10,7 @@ import select
 import time
 
 from .. import proc
-from ..errors import DeadlineExceeded, OutcomeUnknown, ProtocolError
+from ..errors import DeadlineExceeded, OutcomeUnknown, ProtocolError, UsageError
 from . import frames
 
 TYPE_CHECKING = False
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 
 class Request:
-    """A script to run. `environ` are items NAME=VALUE; `stdin` says whether the script gets any."""
+    """A script to run.
 
-    __slots__ = ("args", "environ", "filename", "source", "stdin")
+    `environ` are items NAME=VALUE; `stdin` says whether the script gets any; `flags` are those of REQUEST but FLAG_STDIN;
+    `rows` is how many rows of each table are shown.
+    """
+
+    __slots__ = ("args", "environ", "filename", "flags", "rows", "source", "stdin")
 
     def __init__(
         self,
@@ -35,34 +39,55 @@ class Request:
         args: tuple[str, ...] = (),
         environ: tuple[str, ...] = (),
         stdin: bool = False,
+        flags: int = 0,
+        rows: int = 10,
     ) -> None:
         self.source = source
         self.filename = filename
         self.args = args
         self.environ = environ
         self.stdin = stdin
+        self.flags = flags
+        self.rows = rows
 
 
 class Result:
-    """How a script ended: its exit code, and the times in ns until it was released and until it was done."""
+    """How a script ended: its exit code, the times in ns until it was released and from there to its end, and the other
+    fields of RESULT as they came."""
 
-    __slots__ = ("exit_code", "ready_ns", "script_ns")
+    __slots__ = ("_fields", "exit_code", "ready_ns", "script_ns")
 
-    def __init__(self, exit_code: int, ready_ns: int, script_ns: int) -> None:
-        self.exit_code = exit_code
-        self.ready_ns = ready_ns
-        self.script_ns = script_ns
+    def __init__(self, fields: dict[int, list[bytes]]) -> None:
+        self._fields = fields
+        self.exit_code = frames.integer(fields[frames.F_EXIT][0])
+        self.ready_ns = frames.integer(fields[frames.F_READY_NS][0])
+        self.script_ns = frames.integer(fields[frames.F_SCRIPT_NS][0])
+
+    def texts(self, key: int) -> list[str]:
+        """The texts of a field, lone surrogates replaced: what the guest says is for people and for JSON."""
+        return [value.decode("utf-8", "replace") for value in self._fields.get(key, ())]
 
 
 def encode(request: Request, *, end_mark: bytes) -> bytes:
-    """The REQUEST frame. Takes the time and fresh entropy when it is called: call it last."""
-    payload = frames.field(frames.F_SOURCE, request.source) + frames.field(frames.F_FILENAME, request.filename)
-    payload += b"".join(frames.field(frames.F_ARG, arg) for arg in request.args)
-    payload += b"".join(frames.field(frames.F_ENV, item) for item in request.environ)
-    payload += frames.field(frames.F_ENTROPY, os.urandom(64)) + frames.field(frames.F_END_MARK, end_mark)
-    payload += frames.field(frames.F_FLAGS, frames.FLAG_STDIN if request.stdin else 0)
-    payload += frames.field(frames.F_TIME_NS, time.time_ns())
-    return frames.frame(frames.REQUEST, payload)
+    """The REQUEST frame. Takes the time and fresh entropy when it is called: call it last.
+
+    Raises `UsageError` for a script that is larger than a frame may be.
+    """
+    field = frames.field
+    parts = [field(frames.F_SOURCE, request.source), field(frames.F_FILENAME, request.filename)]
+    parts += [field(frames.F_ARG, arg) for arg in request.args]
+    parts += [field(frames.F_ENV, item) for item in request.environ]
+    parts += [
+        field(frames.F_ENTROPY, os.urandom(64)),
+        field(frames.F_END_MARK, end_mark),
+        field(frames.F_FLAGS, request.flags | (frames.FLAG_STDIN if request.stdin else 0)),
+        field(frames.F_ROWS, request.rows),
+        field(frames.F_TIME_NS, time.time_ns()),
+    ]
+    try:
+        return frames.frame(frames.REQUEST, b"".join(parts))
+    except frames.FrameError as error:
+        raise UsageError(f"the script and its arguments are too large: {error}") from None
 
 
 class Stream:
@@ -129,6 +154,23 @@ class Session:
         self._stderr = stderr
         self._decoder = frames.Decoder()
         self.died: int | None = None
+        self._running = False
+
+    def interrupt(self) -> bool:
+        """Raise KeyboardInterrupt in the script; False if none runs. May be called from a signal handler."""
+        if not self._running:
+            return False
+        try:
+            self.control.send(frames.frame(frames.INTERRUPT))
+        except OSError:
+            return False
+        return True
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self.control.sendall(data)
+        except OSError:
+            raise OutcomeUnknown("the VM ended before the script was with it", hint="the script did not run") from None
 
     def run(
         self,
@@ -147,7 +189,8 @@ class Session:
         """
         mark = os.urandom(16)
         outputs = [Stream(self._stdout, mark, stdout), Stream(self._stderr, mark, stderr)]
-        self.control.sendall(encode(request, end_mark=mark))
+        self._send(encode(request, end_mark=mark))
+        self._running = True
         poller = select.poll()
         streams = {stream.socket.fileno(): stream for stream in outputs}
         control = self.control.fileno()
@@ -183,12 +226,7 @@ class Session:
             for kind, payload in self._decoder.feed(data):
                 found = frames.fields(payload)
                 if kind == frames.RESULT:
-                    return Result(
-                        *(
-                            frames.integer(found[key][0])
-                            for key in (frames.F_EXIT, frames.F_READY_NS, frames.F_SCRIPT_NS)
-                        )
-                    )
+                    return Result(found)
                 if kind == frames.DIED:
                     self.died = frames.integer(found[frames.F_EXIT][0])
         except (frames.FrameError, KeyError) as error:

@@ -64,14 +64,22 @@ F_TIME_NS = 20  # the host's wall clock
 F_ENTROPY = 21
 F_END_MARK = 22  # the bytes that close stdout and stderr
 F_FLAGS = 23  # the sum of the flags below
+F_ROWS = 24  # rows of a table preview
 
 FLAG_STDIN = 1  # the stdin channel carries data; otherwise stdin is /dev/null
-FLAG_TIMING = 2  # fill in the timing fields of RESULT
+FLAG_TABLES = 2  # show the tables that the script leaves
+FLAG_TABLE_META = 4  # with their columns
+FLAG_JSON = 8  # as data in RESULT instead of text on stdout
 
 # Fields of RESULT.
 F_EXIT = 32
 F_READY_NS = 33  # from the wake-up of the runner to the release of the script
 F_SCRIPT_NS = 34  # from there to its end
+F_REPR = 35  # of the value, if the source was one expression and it was not None
+F_ERROR_TYPE = 36  # of the exception that ended the script
+F_ERROR_MESSAGE = 37
+F_ERROR_TRACEBACK = 38
+F_TABLE = 39  # JSON, one table a field
 
 
 class FrameError(Exception):

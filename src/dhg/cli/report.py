@@ -1,0 +1,92 @@
+"""`dhg exec --json`: one object on stdout, whatever happens. docs/exec.schema.json describes it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from .. import embedded, machine
+from ..errors import DeadlineExceeded, DhgError, MachineError, OutcomeUnknown
+from ..wire import client, frames
+from . import show_error
+from .exec_ import Run
+from .options import Values
+
+
+def main(values: Values) -> int:
+    """Run the script, print the report; the exit code."""
+    began = time.monotonic()
+    out: list[bytes] = []
+    err: list[bytes] = []
+    report: dict[str, Any] = {
+        "outcome": "not_started",
+        "exit_code": 2,
+        "stdout": "",
+        "stderr": "",
+        "result_repr": None,
+        "error": None,
+        "tables": [],
+        "version": None,
+        "engine": None,
+        "acceleration": None,
+        "elapsed_ms": 0.0,
+        "timing": {},
+        "guest": None,
+    }
+    try:
+        _run(values, report, out, err)
+    except KeyboardInterrupt:
+        report.update(outcome="unknown", exit_code=130, error=_error("KeyboardInterrupt", "interrupted"))
+    except DhgError as error:
+        if values.flag("debug"):
+            raise
+        if isinstance(error, DeadlineExceeded):
+            report["outcome"] = "timeout"
+        elif isinstance(error, OutcomeUnknown):
+            report["outcome"] = "unknown"
+        report.update(exit_code=error.exit_code, error=_error(type(error).__name__, str(error), error.hint))
+        show_error(error)
+    report["stdout"] = b"".join(out).decode("utf-8", "replace")
+    report["stderr"] = b"".join(err).decode("utf-8", "replace")
+    report["elapsed_ms"] = round((time.monotonic() - began) * 1000, 1)
+    sys.stdout.write(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n")
+    code: int = report["exit_code"]
+    return code
+
+
+def _run(values: Values, report: dict[str, Any], out: list[bytes], err: list[bytes]) -> None:
+    run = Run(values)
+    run.flags |= frames.FLAG_JSON
+    with run.start() as vm:
+        report.update(version=vm.version, engine=vm.engine, acceleration=vm.acceleration)
+        try:
+            result = run.finish(vm, out.append, err.append)
+        except MachineError as error:
+            if not isinstance(error, OutcomeUnknown):
+                report["outcome"] = "not_started"
+            raise
+        finally:
+            _cost(vm, report)
+    report["exit_code"] = result.exit_code
+    report["outcome"] = "failed" if result.texts(frames.F_ERROR_TYPE) or result.exit_code else "completed"
+    report["result_repr"] = next(iter(result.texts(frames.F_REPR)), None)
+    report["error"] = _script_error(result)
+    report["tables"] = [json.loads(text) for text in result.texts(frames.F_TABLE)]
+
+
+def _cost(vm: machine.Machine | embedded.Embedded, report: dict[str, Any]) -> None:
+    report["guest"] = vm.usage()
+    report["timing"] = {name: round(value, 3) for name, value in vm.phases.items()}
+
+
+def _error(kind: str, message: str, hint: str | None = None) -> dict[str, Any]:
+    return {"type": kind, "message": message, "traceback": None, "hint": hint}
+
+
+def _script_error(result: client.Result) -> dict[str, Any] | None:
+    texts = [result.texts(key) for key in (frames.F_ERROR_TYPE, frames.F_ERROR_MESSAGE, frames.F_ERROR_TRACEBACK)]
+    if not all(texts):
+        return None
+    return {"type": texts[0][0], "message": texts[1][0], "traceback": texts[2][0], "hint": None}

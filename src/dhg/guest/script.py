@@ -1,0 +1,159 @@
+"""Runs a script as `python script.py` would: what it prints, how it fails, when it ends.
+
+Guest code: standard library only. The traceback a user sees begins in the user's code: no frame of ours is in it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import linecache
+import os
+import signal
+import sys
+import threading
+import traceback
+import types
+from typing import Any
+
+#: repr of a result and message of an exception, in what is reported; the text that is printed is never cut.
+MAX_REPORTED = 1 << 20
+
+
+class Outcome:
+    """How a script ended."""
+
+    __slots__ = ("error", "exit_code", "raised", "result_repr")
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self.result_repr: str | None = None
+        #: Type, message and traceback of the exception that ended the script; None if none did.
+        self.error: tuple[str, str, str] | None = None
+        #: Whether an exception other than SystemExit ended it.
+        self.raised = False
+
+
+class Script:
+    """One script to be run once. `filename` as given by the user; `<string>` for `-c`, `<stdin>` for `-`."""
+
+    def __init__(self, source: bytes, filename: str, args: list[str], names: dict[str, Any]) -> None:
+        self.source = source
+        self.filename = filename
+        self.args = args
+        self.names = names
+        self.outcome = Outcome()
+
+    def run(self) -> Outcome:
+        """Run it to its end, that of its threads and exit handlers included."""
+        is_file = self.filename[:1] != "<"
+        sys.argv = [self.filename if is_file else {"<string>": "-c"}.get(self.filename, "-"), *self.args]
+        if is_file:
+            self.names["__file__"] = self.filename
+        self._guard(self._execute)
+        self._guard(self._wind_up)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (AttributeError, OSError, ValueError):
+                pass
+        return self.outcome
+
+    def _execute(self) -> None:
+        if not self.source.strip():
+            return
+        # One expression and nothing else: its value is shown. A statement fails here before anything has run.
+        try:
+            code = compile(self.source, self.filename, "eval", dont_inherit=True)
+        except (SyntaxError, ValueError):
+            code = compile(self.source, self.filename, "exec", dont_inherit=True)
+            exec(code, self.names)
+            return
+        value = eval(code, self.names)
+        if value is not None:
+            text = repr(value)
+            self.outcome.result_repr = text[:MAX_REPORTED]
+            try:
+                print(text)
+            except UnicodeEncodeError:
+                print(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+
+    def _wind_up(self) -> None:
+        # As the interpreter does at its end: first the threads, then the exit handlers.
+        current = threading.current_thread()
+        for thread in threading.enumerate():
+            if thread is not current and not thread.daemon and thread not in _OURS:
+                thread.join()
+        atexit._run_exitfuncs()
+
+    def _guard(self, step: Any) -> None:
+        # Two frames of ours lie above the user's: this one and that of the step.
+        try:
+            step()
+        except SystemExit as stop:
+            self._stopped(stop)
+        except BaseException as error:
+            self._failed(error)
+
+    def _stopped(self, stop: SystemExit) -> None:
+        code = stop.code
+        if code is None:
+            self.outcome.exit_code = 0
+        elif isinstance(code, int):
+            self.outcome.exit_code = code & 0xFF
+        else:
+            _flush_stdout()
+            print(code, file=sys.stderr)
+            self.outcome.exit_code = 1
+
+    def _failed(self, error: BaseException) -> None:
+        self.outcome.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        self.outcome.raised = True
+        source = self.source.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+        linecache.cache[self.filename] = (len(source), None, source.splitlines(keepends=True), self.filename)
+        trace = _without_ours(error.__traceback__)
+        error.__traceback__ = trace
+        _flush_stdout()
+        kind = type(error)
+        name = (
+            kind.__qualname__
+            if kind.__module__ in ("builtins", "__main__")
+            else f"{kind.__module__}.{kind.__qualname__}"
+        )
+        try:
+            message = str(error)
+            text = "".join(traceback.format_exception(kind, error, trace))
+        except BaseException as again:
+            message, text = f"<{type(again).__name__} in str()>", f"{name}\n"
+        self.outcome.error = (name, message[:MAX_REPORTED], text[:MAX_REPORTED])
+        try:
+            if sys.excepthook is not sys.__excepthook__:
+                sys.excepthook(kind, error, trace)
+            else:
+                sys.stderr.write(text)
+        except BaseException:
+            os.write(2, text.encode("utf-8", "backslashreplace"))
+
+
+#: Threads that were there before the script.
+_OURS: set[threading.Thread] = set()
+
+
+def settle() -> None:
+    """Call once, when everything that is not the script's is up: what is there now is not waited for and not run again."""
+    _OURS.update(threading.enumerate())
+    atexit._clear()
+    # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):
+        pass
+
+
+def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
