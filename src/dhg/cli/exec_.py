@@ -52,7 +52,14 @@ SIGALRM, SIG_IGN, ITIMER_REAL = 14, 1, 0
 def main(argv: list[str]) -> int:
     """Run a script; the exit code. Raises `DhgError`."""
     began, entered_cpu_ns = time.monotonic_ns(), time.process_time_ns()
-    values = parse(argv, OPTIONS, verb="exec", stop_at_first=True)
+    try:
+        values = parse(argv, OPTIONS, verb="exec", stop_at_first=True)
+    except UsageError as error:
+        if "--json" not in argv:
+            raise
+        from . import report
+
+        return report.refused(error)
     if values.flag("help"):
         sys.stdout.write(help_text(USAGE, OPTIONS, MORE))
         return 0

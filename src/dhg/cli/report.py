@@ -20,7 +20,46 @@ def main(values: Values) -> int:
     began = time.monotonic()
     out: list[bytes] = []
     err: list[bytes] = []
-    report: dict[str, Any] = {
+    report = _blank()
+    try:
+        _run(values, report, out, err)
+    except KeyboardInterrupt:
+        report.update(outcome="unknown", exit_code=130, error=_error("KeyboardInterrupt", "interrupted"))
+    except DhgError as error:
+        if values.flag("debug"):
+            raise
+        if isinstance(error, DeadlineExceeded):
+            report["outcome"] = "timeout"
+        elif isinstance(error, OutcomeUnknown):
+            report["outcome"] = "unknown"
+        _failed(report, error)
+    report["stdout"] = b"".join(out).decode("utf-8", "replace")
+    report["stderr"] = b"".join(err).decode("utf-8", "replace")
+    report["elapsed_ms"] = round((time.monotonic() - began) * 1000, 1)
+    return _print(report)
+
+
+def refused(error: DhgError) -> int:
+    """Print the report of a command line that makes no sense; the exit code."""
+    report = _blank()
+    _failed(report, error)
+    return _print(report)
+
+
+def _failed(report: dict[str, Any], error: DhgError) -> None:
+    report.update(exit_code=error.exit_code, error=_error(type(error).__name__, str(error), error.hint))
+    show_error(error)
+
+
+def _print(report: dict[str, Any]) -> int:
+    sys.stdout.write(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+    code: int = report["exit_code"]
+    return code
+
+
+def _blank() -> dict[str, Any]:
+    return {
         "outcome": "not_started",
         "exit_code": 2,
         "stdout": "",
@@ -35,25 +74,6 @@ def main(values: Values) -> int:
         "timing": {},
         "guest": None,
     }
-    try:
-        _run(values, report, out, err)
-    except KeyboardInterrupt:
-        report.update(outcome="unknown", exit_code=130, error=_error("KeyboardInterrupt", "interrupted"))
-    except DhgError as error:
-        if values.flag("debug"):
-            raise
-        if isinstance(error, DeadlineExceeded):
-            report["outcome"] = "timeout"
-        elif isinstance(error, OutcomeUnknown):
-            report["outcome"] = "unknown"
-        report.update(exit_code=error.exit_code, error=_error(type(error).__name__, str(error), error.hint))
-        show_error(error)
-    report["stdout"] = b"".join(out).decode("utf-8", "replace")
-    report["stderr"] = b"".join(err).decode("utf-8", "replace")
-    report["elapsed_ms"] = round((time.monotonic() - began) * 1000, 1)
-    sys.stdout.write(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n")
-    code: int = report["exit_code"]
-    return code
 
 
 def _run(values: Values, report: dict[str, Any], out: list[bytes], err: list[bytes]) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import preview, script
+from . import preview, reseed, script
 
 JVM_ARGS = [
     # One VM, few cores, a small heap: the serial collector has no threads of its own that wake up.
@@ -77,7 +77,7 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
         log(f"warm-up: {name}")
         rehearse(runner.finder, name, source)
     rehearse_failure()
-    runner.reseeders.append(python_reseeder())
+    runner.reseeders += [reseed.python(), reseed.jvm()]
     log("collecting garbage")
     give_back()
     return versions
@@ -103,20 +103,6 @@ def rehearse_failure() -> None:
         outcome = script.Script(b"def f():\n    1 / 0\nf()\n", "<warm-up>", [], {}).run()
     if outcome.exit_code != 1 or "ZeroDivisionError" not in quiet.getvalue():
         raise RuntimeError(f"the warm-up of tracebacks: {quiet.getvalue()}")
-
-
-def python_reseeder() -> Callable[[], None]:
-    """A function that seeds the PRNGs of CPython and NumPy from the kernel's."""
-    import random
-
-    import numpy
-
-    def reseed() -> None:
-        random.seed(os.urandom(32))
-        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
-
-    reseed()
-    return reseed
 
 
 # What scripts do first, so that its classes are loaded, its code compiled and its modules imported. Each leaves nothing behind.
