@@ -38,7 +38,7 @@ def ok(done: Completed, out: str) -> None:
 
 def test_nothing_is_added_and_nothing_is_lost(run: Exec) -> None:
     done = run(
-        "-c", "import sys; print('x', end=''); sys.stdout.buffer.write(bytes(range(256))); print('é', file=sys.stderr)"
+        "-c", "import sys; print('x', end='', flush=True); sys.stdout.buffer.write(bytes(range(256))); print('é', file=sys.stderr)"
     )
     assert done.stdout == b"x" + bytes(range(256))
     assert done.stderr == "é\n".encode()
@@ -81,7 +81,7 @@ def test_a_single_expression_is_shown_and_run_once(run: Exec) -> None:
 def test_stdin_and_input(run: Exec) -> None:
     done = run(
         "-c",
-        "import sys; a = input(); print(a, len(sys.stdin.buffer.read()))",
+        "import sys; a = input(); print(a, len(sys.stdin.read()))",
         stdin=b"first\n" + b"y" * 100_000,
     )
     ok(done, "first 100000\n")

@@ -19,7 +19,7 @@ def python() -> Reseeder:
 
     import numpy
 
-    generator: Any = random._inst  # type: ignore[attr-defined]
+    generator: Any = random._inst
     legacy = numpy.random.mtrand._rand
 
     def reseed() -> None:

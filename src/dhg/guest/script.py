@@ -62,11 +62,9 @@ class Script:
         if not self.source.strip():
             return
         # One expression and nothing else: its value is shown. A statement fails here before anything has run.
-        try:
-            code = compile(self.source, self.filename, "eval", dont_inherit=True)
-        except (SyntaxError, ValueError):
-            code = compile(self.source, self.filename, "exec", dont_inherit=True)
-            exec(code, self.names)
+        code = self._as_expression()
+        if code is None:
+            exec(compile(self.source, self.filename, "exec", dont_inherit=True), self.names)
             return
         value = eval(code, self.names)
         if value is not None:
@@ -76,6 +74,13 @@ class Script:
                 print(text)
             except UnicodeEncodeError:
                 print(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+
+    def _as_expression(self) -> types.CodeType | None:
+        # On its own, so that the script does not run while this SyntaxError is handled and becomes its context.
+        try:
+            return compile(self.source, self.filename, "eval", dont_inherit=True)
+        except (SyntaxError, ValueError):
+            return None
 
     def _wind_up(self) -> None:
         # As the interpreter does at its end: first the threads, then the exit handlers.
@@ -154,6 +159,21 @@ def _flush_stdout() -> None:
 
 
 def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+    """`trace` from the first frame of the user's to the last: an interrupt is raised by a handler of ours."""
+    while trace is not None and _ours(trace):
         trace = trace.tb_next
+    last, entry = trace, trace
+    while entry is not None:
+        if not _ours(entry):
+            last = entry
+        entry = entry.tb_next
+    if last is not None:
+        last.tb_next = None
     return trace
+
+
+def _ours(entry: types.TracebackType) -> bool:
+    return entry.tb_frame.f_code.co_filename.startswith(_FOLDER)
+
+
+_FOLDER = os.path.dirname(__file__) + "/"
