@@ -38,7 +38,8 @@ def ok(done: Completed, out: str) -> None:
 
 def test_nothing_is_added_and_nothing_is_lost(run: Exec) -> None:
     done = run(
-        "-c", "import sys; print('x', end='', flush=True); sys.stdout.buffer.write(bytes(range(256))); print('é', file=sys.stderr)"
+        "-c",
+        "import sys; print('x', end='', flush=True); sys.stdout.buffer.write(bytes(range(256))); print('é', file=sys.stderr)",
     )
     assert done.stdout == b"x" + bytes(range(256))
     assert done.stderr == "é\n".encode()
@@ -336,15 +337,22 @@ def _interrupt(mode: list[str], code: str, *, times: int = 1) -> tuple[int, byte
 
 
 def test_ctrl_c_is_a_keyboard_interrupt_in_the_script(mode: list[str]) -> None:
-    code = "print('up')\nimport time\ntry:\n    time.sleep(100)\nfinally:\n    print('finally')\n"
+    code = "import time\ntry:\n    print('up')\n    time.sleep(100)\nfinally:\n    print('finally')\n"
     status, out, err, _ = _interrupt(mode, code)
     assert (status, out) == (130, b"finally\n"), err
     assert err.endswith(b"KeyboardInterrupt\n")
-    assert b"line 4, in <module>" in err
+    assert b"in <module>" in err
+    assert b"dhg" not in err
 
 
 def test_ctrl_c_that_the_script_ignores_ends_it_all_the_same(mode: list[str]) -> None:
-    code = "print('up')\nimport time\nwhile True:\n    try:\n        time.sleep(100)\n    except KeyboardInterrupt:\n        pass\n"
+    code = """
+import time, signal
+signal.signal(signal.SIGINT, lambda *_: None)
+print('up')
+while True:
+    time.sleep(100)
+"""
     status, _, err, took = _interrupt(mode, code)
     assert status == 130, err
     assert took >= 1.9

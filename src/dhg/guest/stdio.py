@@ -19,26 +19,30 @@ FLUSH_S = 0.01
 PAUSE_S = 0.5
 
 
-class _Counted(io.FileIO):
-    """A raw stream that counts its writes, and rings `bell` after BURST of them."""
+class Stdout(io.TextIOWrapper):
+    """A text stream that counts its writes, and rings `bell` at every BURST of them.
+
+    The count is kept here and not in a raw stream of ours: an exception that a signal raises between the system call and the
+    return to the buffer would have the buffer write the same bytes again.
+    """
 
     writes = 0
     bell: threading.Lock | None = None
 
-    def write(self, data: object) -> int:
+    def write(self, text: str, /) -> int:
+        """As the base class."""
         self.writes += 1
         if self.writes % BURST == 0 and self.bell is not None and self.bell.locked():
             self.bell.release()
-        return super().write(data)  # type: ignore[arg-type]
+        return super().write(text)
 
 
 class Flusher:
     """The thread behind stdout. Sleeps on a lock until a burst begins: before that it costs nothing."""
 
-    def __init__(self, stream: io.TextIOWrapper, raw: _Counted) -> None:
+    def __init__(self, stream: Stdout) -> None:
         self._stream = stream
-        self._raw = raw
-        self._bell = raw.bell = threading.Lock()
+        self._bell = stream.bell = threading.Lock()
         self._bell.acquire()
         threading.Thread(target=self._run, name="dhg-flusher", daemon=True).start()
 
@@ -52,12 +56,12 @@ class Flusher:
 
     def _serve(self) -> None:
         self._stream.reconfigure(line_buffering=False)
-        seen, since = self._raw.writes, time.monotonic()
+        seen, since = self._stream.writes, time.monotonic()
         while time.monotonic() - since < PAUSE_S:
             time.sleep(FLUSH_S)
             self._stream.flush()
-            if self._raw.writes != seen:
-                seen, since = self._raw.writes, time.monotonic()
+            if self._stream.writes != seen:
+                seen, since = self._stream.writes, time.monotonic()
         self._stream.reconfigure(line_buffering=True)
         # A burst that is still on rings again.
         self._bell.acquire(blocking=False)
@@ -68,17 +72,15 @@ def attach(stdin: int, stdout: int, stderr: int) -> None:
     for ours, fd in ((stdin, 0), (stdout, 1), (stderr, 2)):
         os.dup2(ours, fd, inheritable=True)
         os.close(ours)
-    out_raw = _Counted(1, "wb", closefd=False)
-    out = io.TextIOWrapper(io.BufferedWriter(out_raw, 65536), encoding="utf-8", errors="strict", line_buffering=True)
-    err = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "wb", closefd=False), 65536),
-        encoding="utf-8",
-        errors="backslashreplace",
-        line_buffering=True,
-    )
+    out = Stdout(_buffer(1), encoding="utf-8", errors="strict", line_buffering=True)
+    err = io.TextIOWrapper(_buffer(2), encoding="utf-8", errors="backslashreplace", line_buffering=True)
     vars(sys).update(stdin=_reader(), stdout=out, stderr=err)
     vars(sys).update(__stdin__=sys.stdin, __stdout__=out, __stderr__=err)
-    Flusher(out, out_raw)
+    Flusher(out)
+
+
+def _buffer(fd: int) -> io.BufferedWriter:
+    return io.BufferedWriter(io.FileIO(fd, "wb", closefd=False), 65536)
 
 
 def no_input() -> None:
