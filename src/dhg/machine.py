@@ -25,12 +25,14 @@ class Machine:
         self.version = snapshot.version
         self.engine = snapshot.engine
         self.acceleration = snapshot.accel
+        #: The wall clock at the resume, in ns since the epoch; 0 before it.
+        self.resumed_ns = 0
         self._session: client.Session | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
         state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock)
+            self._vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
         finally:
             os.close(state)
         self._phase("spawn")
@@ -56,18 +58,23 @@ class Machine:
         vm = self._vm
         limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
-            qmp.wait_resumed(vm, deadline=proc.Deadline(limit))
+            resumed_ns = qmp.wait_resumed(vm, deadline=proc.Deadline(limit))
         except (MachineError, DeadlineExceeded) as error:
             if deadline is not None and deadline.left() == 0.0:
                 raise DeadlineExceeded(
                     f"timed out after {deadline.timeout_s:g} s", hint="the script did not run"
                 ) from error
             hint = f"the script did not run; {store.prepare_hint(self.snapshot.version)[:-1]} --force` makes the snapshot anew"
-            raise MachineError(f"the VM could not be restored: {error}", hint=hint, detail=error.detail) from error
+            raise MachineError(
+                f"the VM could not be restored: {error}", hint=hint, detail=error.detail or vm.said()
+            ) from error
         self._phase("load and resume")
         self._session = session = client.Session(vm.control, vm.stdout, vm.stderr)
         source = None if stdin is None or not request.stdin else (stdin, vm.stdin)
-        result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source)
+        self.resumed_ns = resumed_ns
+        base_ns = self.snapshot.base_ns
+        clock = client.Clock(resumed_ns, base_ns) if base_ns else None
+        result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source, clock=clock)
         now = time.monotonic_ns()
         whole = (now - self._clock) / 1e6
         self.phases["guest ready"] = result.ready_ns / 1e6

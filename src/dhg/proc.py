@@ -175,6 +175,48 @@ def kill_with_us(pid: int, leash: int) -> None:
     fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
 
 
+# Far above what distributions and subordinate ids use; one for each client process, so that a VMM which has been broken into
+# finds nothing else that runs as its user.
+UNPRIVILEGED_BASE = 0x7000_0000
+
+
+def unprivileged_id() -> int:
+    """The user (and group) id that a VMM is to change to; 0 if we are not root and there is nothing to give up."""
+    if os.geteuid() != 0:
+        return 0
+    wanted = UNPRIVILEGED_BASE + os.getpid()
+    # In a user namespace only mapped ids can be changed to (user_namespaces(7)).
+    largest = 0
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            for line in file:
+                first, _, count = [int(word) for word in line.split()]
+                if first <= wanted < first + count:
+                    return wanted
+                largest = max(largest, first + count - 1)
+    except (OSError, ValueError):
+        pass
+    return min(largest, 65534)
+
+
+def limit(pid: int, *, address_space_bytes: int) -> None:
+    """Bound what a VMM may take: address space, no files written, no core, few descriptors."""
+    import resource
+
+    for kind, value in (
+        (resource.RLIMIT_AS, address_space_bytes),
+        # Room for what it says of itself into the log that it inherits.
+        (resource.RLIMIT_FSIZE, 1 << 20),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, 512),
+    ):
+        try:
+            resource.prlimit(pid, kind, (value, value))
+        except (OSError, ValueError):
+            # A lower hard limit of the caller's is stricter than ours.
+            pass
+
+
 def run(
     argv: Sequence[str],
     *,

@@ -17,7 +17,9 @@ usage: dhg exec --vm -c CODE          run a line of Python
        dhg exec --vm SCRIPT [ARG...]  run a file (- for stdin)
        dhg vm prepare                 make the snapshot that `exec --vm` restores
        dhg vm status                  what this host can do, and the snapshots it has
+       dhg vm verify                  restore clones and compare them
        dhg vm clean                   remove snapshots
+       dhg doctor                     what this host lacks, and what to do about it
 
 `dhg VERB --help` says more about a verb. Data live in DHG_HOME (default ~/.dhg).
 
@@ -42,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
             from . import vm
 
             return vm.main(argv[1:])
+        if verb == "doctor":
+            from . import doctor
+
+            return doctor.main(argv[1:])
         if verb in ("--help", "-h", "help"):
             sys.stdout.write(HELP)
             return 0

@@ -13,10 +13,11 @@ from ..errors import UsageError
 from .options import Option, Values, help_text, parse, positive_integer
 
 HELP = """\
-usage: dhg vm prepare | status | clean [options]
+usage: dhg vm prepare | status | verify | clean [options]
 
   prepare   build kernel, root file system and Deephaven, boot them, warm up, freeze
   status    what this host can do, and the snapshots it has
+  verify    restore clones: clocks, random numbers, results, checksums
   clean     remove snapshots, and with --all everything that prepare made
 
 `dhg vm VERB --help` says more.
@@ -37,6 +38,14 @@ PREPARE = [
 
 STATUS = [Option("--json", None, "one JSON object"), _DEBUG, _HELP]
 
+VERIFY = [
+    Option("--version", "V", "which snapshot (default: DHG_VERSION, or the newest)"),
+    Option("--restores", "N", "how many restores in a row (default 20)"),
+    Option("--json", None, "one JSON object"),
+    _DEBUG,
+    _HELP,
+]
+
 CLEAN = [
     Option("--version", "V", "the snapshots of this version only"),
     Option("--all", None, "every snapshot, and the caches of the build stages"),
@@ -47,7 +56,7 @@ CLEAN = [
 
 def main(argv: list[str]) -> int:
     """Run `dhg vm VERB`; the exit code. Raises `DhgError`."""
-    verbs = {"prepare": prepare, "status": status, "clean": clean}
+    verbs = {"prepare": prepare, "status": status, "verify": verify, "clean": clean}
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
         return 0 if argv else 2
@@ -217,6 +226,30 @@ def status(argv: list[str]) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def verify(argv: list[str]) -> int:
+    """`dhg vm verify`."""
+    values = _parse(
+        argv, VERIFY, "verify", "Exit code 1 if anything is off. Takes about half a minute under emulation."
+    )
+    if values is None:
+        return 0
+    restores = values.text("restores")
+    from .. import verify as verifier
+
+    checks = verifier.verify(
+        values.text("version"), restores=positive_integer("--restores", restores) if restores else 20
+    )
+    good = all(check.ok for check in checks)
+    if values.flag("json"):
+        print(json.dumps({"ok": good, "checks": [check._asdict() for check in checks]}, indent=2))
+        return 0 if good else 1
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'ok ' if check.ok else 'BAD'}  {check.name:<{width}}  must {check.must}: {', '.join(check.values)}")
+    print("all good" if good else "something is off")
+    return 0 if good else 1
 
 
 def clean(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .qmp import CHANNELS, FD_CONSOLE, FD_QMP, Vm
+from .qmp import CHANNELS, FD_CONSOLE, FD_QMP, TB_SIZE_MIB, Vm
 
 #: The kernel command line. tsc_early_khz is appended: without a TSC of known frequency a TCG guest has a 4 ms clock.
 KERNEL_ARGS = (
@@ -49,7 +49,7 @@ def machine_args(spec: Spec) -> list[str]:
         "-M",
         "microvm,rtc=on,memory-backend=ram,acpi=on,isa-serial=on,auto-kernel-cmdline=off",
         "-accel",
-        spec.accel,
+        f"tcg,tb-size={TB_SIZE_MIB}" if spec.accel == "tcg" else spec.accel,
         "-cpu",
         spec.cpu,
         "-smp",
@@ -57,11 +57,6 @@ def machine_args(spec: Spec) -> list[str]:
         "-m",
         f"{spec.memory_mib}M",
     ]
-
-
-def sandbox_args() -> list[str]:
-    """QEMU's seccomp filter: no new programs, no new privileges, no old system calls."""
-    return ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
 
 
 def memory_args(spec: Spec, ram: str, *, shared: bool) -> list[str]:
@@ -114,7 +109,6 @@ def boot_argv(spec: Spec, ram: str) -> list[str]:
     return [
         spec.qemu,
         *machine_args(spec),
-        *sandbox_args(),
         *memory_args(spec, ram, shared=True),
         *kernel_args(spec),
         *drive_args(spec),
@@ -128,7 +122,6 @@ def restore_argv(spec: Spec, ram: str) -> list[str]:
     return [
         spec.qemu,
         *machine_args(spec),
-        *sandbox_args(),
         *memory_args(spec, ram, shared=False),
         *kernel_args(spec),
         *drive_args(spec),

@@ -61,6 +61,10 @@ class Qmp:
             self._data += data
 
 
+#: What QEMU may map beyond the guest's memory: itself, its libraries, stacks, and TB_SIZE_MIB of translated code.
+OVERHEAD_MIB = 1024
+TB_SIZE_MIB = 256
+
 CAPABILITIES = b'{"execute":"qmp_capabilities"}\n'
 SET_CAPABILITIES = (
     b'{"execute":"migrate-set-capabilities","arguments":{"capabilities":['
@@ -78,9 +82,10 @@ class Vm:
     program in between, and unlike PR_SET_PDEATHSIG does not fire when a mere thread of ours ends.
     """
 
-    __slots__ = ("_leash", "control", "process", "qmp", "stderr", "stdin", "stdout")
+    __slots__ = ("_leash", "_log", "control", "process", "qmp", "stderr", "stdin", "stdout")
 
-    def __init__(self, argv: Sequence[str], *, extra: dict[int, int]) -> None:
+    def __init__(self, argv: Sequence[str], *, extra: dict[int, int], log: int = -1) -> None:
+        self._log = log
         ours: list[_socket.socket] = []
         theirs: dict[int, int] = dict(extra)
         pairs = []
@@ -92,7 +97,7 @@ class Vm:
         leash, self._leash = os.pipe2(os.O_CLOEXEC)
         theirs[FD_LEASH] = leash
         try:
-            self.process = proc.spawn(argv, fds=theirs)
+            self.process = proc.spawn([*argv, *confinement()], fds=theirs)
             proc.kill_with_us(self.process.pid, leash)
         except BaseException:
             os.close(self._leash)
@@ -111,14 +116,36 @@ class Vm:
         self.process.kill()
         self.process.close()
         os.close(self._leash)
+        if self._log >= 0:
+            os.close(self._log)
         for sock in (self.qmp.socket, self.control, self.stdout, self.stderr, self.stdin):
             sock.close()
+
+    def said(self) -> str | None:
+        """The last that QEMU said of itself, if it is kept."""
+        if self._log < 0:
+            return None
+        return proc.tail(os.pread(self._log, 65536, 0).decode("utf-8", "replace")) or None
 
     def __enter__(self) -> Vm:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def confinement() -> list[str]:
+    """The arguments that confine a QEMU started by this process: its seccomp filter, and as root another user.
+
+    QEMU opens its files before it changes user, so they may be root's own. The filter denies new programs in any case;
+    elevateprivileges=deny would also deny the change of user (QEMU 7.2 dies of it), and is not needed after it: without
+    capabilities and without exec there is nothing to elevate to.
+    """
+    uid = proc.unprivileged_id()
+    sandbox = "on,obsolete=deny,spawn=deny,resourcecontrol=deny"
+    if uid:
+        return ["-sandbox", sandbox, "-runas", f"{uid}:{uid}"]
+    return ["-sandbox", sandbox + ",elevateprivileges=deny"]
 
 
 def freeze(vm: Vm, state: str, *, timeout_s: float = 60.0) -> None:
@@ -151,12 +178,19 @@ def _send_fd(sock: _socket.socket, data: bytes, fd: int) -> None:
     sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, "little"))])
 
 
-def start(argv: Sequence[str], *, state: int, lock: int) -> Vm:
+def start(argv: Sequence[str], *, state: int, lock: int, memory_mib: int) -> Vm:
     """Start QEMU for a restore from the device state in the descriptor `state`; does not wait.
 
     `lock` is held by QEMU for as long as it lives. QEMU loads the state and resumes by itself.
     """
-    vm = Vm(argv, extra={FD_STATE: state, FD_LOCK: lock})
+    # What QEMU says of itself is not the script's output; it is shown if the restore fails.
+    log = os.memfd_create("dhg-qemu-log")
+    try:
+        vm = Vm(argv, extra={FD_STATE: state, FD_LOCK: lock, 1: log, 2: log}, log=log)
+    except BaseException:
+        os.close(log)
+        raise
+    proc.limit(vm.process.pid, address_space_bytes=memory_mib + OVERHEAD_MIB << 20)
     vm.qmp.send(
         CAPABILITIES,
         SET_CAPABILITIES,
@@ -165,6 +199,14 @@ def start(argv: Sequence[str], *, state: int, lock: int) -> Vm:
     return vm
 
 
-def wait_resumed(vm: Vm, *, deadline: proc.Deadline) -> None:
-    """Wait until the guest runs: a write to a port before that hangs the guest for good."""
-    vm.qmp.wait_for(b'"RESUME"', deadline=deadline, errors=(b'"error"', FAILED))
+def wait_resumed(vm: Vm, *, deadline: proc.Deadline) -> int:
+    """Wait until the guest runs: a write to a port before that hangs the guest for good. The wall clock then, in ns."""
+    line = vm.qmp.wait_for(b'"RESUME"', deadline=deadline, errors=(b'"error"', FAILED))
+    # {"timestamp": {"seconds": 1764000000, "microseconds": 12345}, "event": "RESUME"}
+    try:
+        seconds, micros = [
+            int(line.split(name, 1)[1].split(b",", 1)[0].strip(b" :}")) for name in (b'"seconds"', b'"microseconds"')
+        ]
+    except (IndexError, ValueError):
+        raise MachineError(f"QEMU's RESUME event has no time: {line!r}") from None
+    return seconds * 1_000_000_000 + micros * 1000

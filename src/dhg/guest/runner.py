@@ -10,6 +10,7 @@ after a restore costs its translation, so it is kept short and imports nothing.
 
 from __future__ import annotations
 
+import _socket
 import fcntl
 import gc
 import os
@@ -37,7 +38,7 @@ F_OWNER_TID = 0
 class Request:
     """A decoded REQUEST."""
 
-    __slots__ = ("args", "end_mark", "entropy", "environ", "filename", "flags", "rows", "source", "time_ns")
+    __slots__ = ("args", "base_ns", "end_mark", "entropy", "environ", "filename", "flags", "rows", "source", "time_ns")
 
     def __init__(self, payload: bytes) -> None:
         found = frames.fields(payload)
@@ -46,6 +47,8 @@ class Request:
         self.args = [frames.text(value) for value in found.get(frames.F_ARG, ())]
         self.environ = [frames.text(value) for value in found.get(frames.F_ENV, ())]
         self.time_ns = frames.integer(found[frames.F_TIME_NS][0])
+        base = found.get(frames.F_BASE_NS)
+        self.base_ns = frames.integer(base[0]) if base else None
         self.entropy = found[frames.F_ENTROPY][0]
         self.end_mark = found[frames.F_END_MARK][0]
         self.flags = frames.integer(found[frames.F_FLAGS][0])
@@ -87,6 +90,7 @@ class Runner:
         self.control = control
         self.clone = clone
         self.urandom = os.open("/dev/urandom", os.O_RDWR) if clone else -1
+        self.machine_id = os.open("/etc/machine-id", os.O_WRONLY | os.O_CREAT, 0o444) if clone else -1
         self.names: dict[str, Any] = {}
         self.reseeders: list[Any] = []
         self.finder: preview.Finder | None = None
@@ -99,11 +103,18 @@ class Runner:
         sys.modules["__main__"] = module
 
     def wake(self, request: Request) -> None:
-        """Make this clone true and unlike every other: clock, kernel RNG, the PRNGs of Python, NumPy, the JVM."""
-        time.clock_settime_ns(time.CLOCK_REALTIME, request.time_ns)
+        """Make this clone true and unlike every other: clock, kernel RNG, names, the PRNGs of Python, NumPy, the JVM."""
+        now = request.time_ns
+        if request.base_ns is not None:
+            # Both clocks ran on since the resume, at the same pace: how long the request took does not matter.
+            now += time.monotonic_ns() - request.base_ns
+        time.clock_settime_ns(time.CLOCK_REALTIME, now)
         entropy = request.entropy
         fcntl.ioctl(self.urandom, RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
         fcntl.ioctl(self.urandom, RNDRESEEDCRNG)
+        name = os.urandom(16).hex()
+        os.pwrite(self.machine_id, f"{name}\n".encode(), 0)
+        _socket.sethostname("dhg-" + name[:8])
         for reseed in self.reseeders:
             reseed()
 
@@ -155,7 +166,12 @@ class Runner:
             raise frames.FrameError(f"kind {kind} instead of a request")
         request = Request(payload)
         if self.clone:
-            self.wake(request)
+            try:
+                self.wake(request)
+            except BaseException as error:
+                why = f"{type(error).__name__}: {error}"
+                stdio.write_all(self.control, frames.frame(frames.REFUSED, frames.field(frames.F_TEXT, why)))
+                return
         self.watch_for_interrupt()
         released = time.monotonic_ns()
         outcome, tables = self.run(request)

@@ -193,6 +193,34 @@ def sweep(folder: str) -> Cleaned:
     return result
 
 
+def leftovers() -> list[str]:
+    """What interrupted commands left, and nobody is at work on or uses."""
+    found = []
+    root = config.snapshots_dir()
+    for folder in _subdirs(root):
+        lock = try_lock(f"{folder}/.prepare-lock")
+        if lock is None:
+            continue
+        try:
+            current = {os.path.basename(path) for path in generations() if os.path.dirname(path) == folder}
+            for name in os.listdir(folder):
+                ours = name.startswith(tuple(f".{engine}-" for engine in ENGINES))
+                if (ours and name not in current and not in_use(f"{folder}/{name}")) or name.endswith(".tmp"):
+                    found.append(f"{folder}/{name}")
+        finally:
+            os.close(lock)
+    for stage in _subdirs(config.cache_dir()):
+        found += [f"{stage}/{name}" for name in os.listdir(stage) if name.startswith(".tmp-")]
+    return found
+
+
+def _subdirs(path: str) -> list[str]:
+    try:
+        return sorted(entry.path for entry in os.scandir(path) if entry.is_dir())
+    except OSError:
+        return []
+
+
 def _clean_version(folder: str, result: Cleaned, *, snapshots: bool) -> None:
     lock = try_lock(f"{folder}/.prepare-lock")
     if lock is None:

@@ -31,15 +31,27 @@ L_CHECK = 3  # "size mtime_ns path" of a file that must not have changed
 L_ACCEL = 4
 L_VERSION = 5
 L_ENGINE = 6
-L_HOST = 7  # the host's CPU, where the acceleration depends on it
+L_MEMORY_MIB = 8
+L_BASE_NS = 7  # the guest's monotonic clock at the moment of a resume
 
 
 class Snapshot:
     """A snapshot that is locked against removal; `lock` is a descriptor to pass to the VMM and then close."""
 
-    __slots__ = ("accel", "argv", "engine", "lock", "path", "version")
+    __slots__ = ("accel", "argv", "base_ns", "engine", "lock", "memory_mib", "path", "version")
 
-    def __init__(self, path: str, version: str, engine: str, accel: str, argv: list[str], lock: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        version: str,
+        engine: str,
+        accel: str,
+        argv: list[str],
+        lock: int,
+        *,
+        memory_mib: int,
+        base_ns: int,
+    ) -> None:
         self.path = path
         self.version = version
         self.engine = engine
@@ -47,6 +59,9 @@ class Snapshot:
         #: The restore's command line.
         self.argv = argv
         self.lock = lock
+        self.memory_mib = memory_mib
+        #: The guest's monotonic clock at the moment of a resume; 0 while it is not known.
+        self.base_ns = base_ns
 
     @property
     def state(self) -> str:
@@ -147,6 +162,8 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         argv = [os.fsdecode(value) for value in found[L_ARG]]
         checks = [value.split(b" ", 2) for value in found[L_CHECK]]
         accel = frames.text(found[L_ACCEL][0])
+        memory_mib = frames.integer(found[L_MEMORY_MIB][0])
+        base_ns = frames.integer(found[L_BASE_NS][0]) if L_BASE_NS in found else 0
         for size, mtime_ns, name in checks:
             seen = stat_check(os.fsdecode(name))
             if seen != (int(size), int(mtime_ns)):
@@ -156,7 +173,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
                 )
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
-    return Snapshot(path, version, engine, accel, argv, lock)
+    return Snapshot(path, version, engine, accel, argv, lock, memory_mib=memory_mib, base_ns=base_ns)
 
 
 def stat_check(path: str) -> tuple[int, int] | None:
@@ -169,11 +186,18 @@ def stat_check(path: str) -> tuple[int, int] | None:
 
 
 def launch_bytes(
-    *, version: str, engine: str, accel: str, argv: list[str], checked: list[str], own: list[tuple[str, str]]
+    *,
+    version: str,
+    engine: str,
+    accel: str,
+    memory_mib: int,
+    argv: list[str],
+    checked: list[str],
+    own: list[tuple[str, str]],
 ) -> bytes:
     """The contents of `launch`; `checked` are files whose size and time are recorded, `own` those of the generation, as
     (path now, path later)."""
-    data = frames.field(L_FORMAT, FORMAT)
+    data = frames.field(L_FORMAT, FORMAT) + frames.field(L_MEMORY_MIB, memory_mib)
     data += b"".join(frames.field(L_ARG, os.fsencode(arg)) for arg in argv)
     for path, later in [(path, path) for path in checked] + own:
         found = os.stat(path)

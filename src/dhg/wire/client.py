@@ -10,7 +10,7 @@ import select
 import time
 
 from .. import proc
-from ..errors import DeadlineExceeded, OutcomeUnknown, ProtocolError, UsageError
+from ..errors import DeadlineExceeded, MachineError, OutcomeUnknown, ProtocolError, UsageError
 from . import frames
 
 TYPE_CHECKING = False
@@ -68,8 +68,19 @@ class Result:
         return [value.decode("utf-8", "replace") for value in self._fields.get(key, ())]
 
 
-def encode(request: Request, *, end_mark: bytes) -> bytes:
-    """The REQUEST frame. Takes the time and fresh entropy when it is called: call it last.
+class Clock:
+    """What a restored guest needs to know the time, however long the request is on its way: the host's wall clock at the
+    moment of the resume, and the guest's monotonic clock at that moment, which is the same for all clones of a snapshot."""
+
+    __slots__ = ("base_ns", "resumed_ns")
+
+    def __init__(self, resumed_ns: int, base_ns: int) -> None:
+        self.resumed_ns = resumed_ns
+        self.base_ns = base_ns
+
+
+def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> bytes:
+    """The REQUEST frame. Takes fresh entropy, and without `clock` the time, when it is called: call it last.
 
     Raises `UsageError` for a script that is larger than a frame may be.
     """
@@ -82,8 +93,10 @@ def encode(request: Request, *, end_mark: bytes) -> bytes:
         field(frames.F_END_MARK, end_mark),
         field(frames.F_FLAGS, request.flags | (frames.FLAG_STDIN if request.stdin else 0)),
         field(frames.F_ROWS, request.rows),
-        field(frames.F_TIME_NS, time.time_ns()),
+        field(frames.F_TIME_NS, clock.resumed_ns if clock else time.time_ns()),
     ]
+    if clock:
+        parts.append(field(frames.F_BASE_NS, clock.base_ns))
     try:
         return frames.frame(frames.REQUEST, b"".join(parts))
     except frames.FrameError as error:
@@ -180,6 +193,7 @@ class Session:
         stderr: Sink,
         deadline: proc.Deadline | None = None,
         stdin: tuple[int, _socket.socket] | None = None,
+        clock: Clock | None = None,
     ) -> Result:
         """Send the request and stream until the result is there and both outputs are complete.
 
@@ -189,7 +203,7 @@ class Session:
         """
         mark = os.urandom(16)
         outputs = [Stream(self._stdout, mark, stdout), Stream(self._stderr, mark, stderr)]
-        self._send(encode(request, end_mark=mark))
+        self._send(encode(request, end_mark=mark, clock=clock))
         self._running = True
         poller = select.poll()
         streams = {stream.socket.fileno(): stream for stream in outputs}
@@ -227,6 +241,9 @@ class Session:
                 found = frames.fields(payload)
                 if kind == frames.RESULT:
                     return Result(found)
+                if kind == frames.REFUSED:
+                    why = frames.text(found[frames.F_TEXT][0])
+                    raise MachineError(f"the VM could not be made ready: {why}", hint="the script did not run")
                 if kind == frames.DIED:
                     self.died = frames.integer(found[frames.F_EXIT][0])
         except (frames.FrameError, KeyError) as error:

@@ -40,13 +40,14 @@ HEAD_SIZE = _HEAD.size
 HELLO = 1  # the runner is up, warm, and waits for a request
 RESULT = 2  # the script is done; the last frame
 LOG = 3  # one line about the progress of the warm-up
+REFUSED = 5  # the clone could not be made true (F_TEXT says why); the script has not run
 DIED = 4  # init's last word: the runner's process is gone, F_EXIT is its status as the shell gives it
 
 # Kinds, host to guest.
 REQUEST = 16  # run this script
 INTERRUPT = 17  # raise KeyboardInterrupt in the script
 
-KINDS = frozenset((HELLO, RESULT, LOG, DIED, REQUEST, INTERRUPT))
+KINDS = frozenset((HELLO, RESULT, LOG, DIED, REFUSED, REQUEST, INTERRUPT))
 
 # Fields of HELLO.
 F_PROTOCOL = 1
@@ -60,11 +61,12 @@ F_SOURCE = 16
 F_FILENAME = 17
 F_ARG = 18  # sys.argv[1:], one a field
 F_ENV = 19  # NAME=VALUE, one a field
-F_TIME_NS = 20  # the host's wall clock
+F_TIME_NS = 20  # the host's wall clock when the VM was resumed, or if F_BASE_NS is missing, when this was sent
 F_ENTROPY = 21
 F_END_MARK = 22  # the bytes that close stdout and stderr
 F_FLAGS = 23  # the sum of the flags below
 F_ROWS = 24  # rows of a table preview
+F_BASE_NS = 25  # the guest's monotonic clock when the VM was resumed
 
 FLAG_STDIN = 1  # the stdin channel carries data; otherwise stdin is /dev/null
 FLAG_TABLES = 2  # show the tables that the script leaves

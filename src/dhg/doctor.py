@@ -1,0 +1,169 @@
+"""`dhg doctor`: what this host has and lacks, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from typing import NamedTuple
+
+from . import config, proc
+from .engine import probe
+from .errors import DhgError
+from .snapshot import inventory
+
+
+class Finding(NamedTuple):
+    """One thing looked at. `level` is ok, note (something is missing that `exec --vm` can do without) or bad."""
+
+    name: str
+    level: str
+    text: str
+    remedy: str | None = None
+
+
+#: Programs that prepare needs, by the package that has them; those that only some hosts need are looked at elsewhere.
+PREPARE_PROGRAMS = {"mmdebstrap": "mmdebstrap", "mkfs.erofs": "erofs-utils", "tar": "tar", "dpkg-deb": "dpkg"}
+
+
+def examine() -> list[Finding]:
+    """Look at everything. Changes nothing."""
+    return [
+        _python(),
+        _qemu(),
+        *_programs(),
+        _kvm(),
+        _userfaultfd(),
+        _namespaces(),
+        _home(),
+        _memory(),
+        *_snapshots(),
+        *_leftovers(),
+    ]
+
+
+def fix() -> list[str]:
+    """Remove what interrupted commands left; what was removed."""
+    return inventory.clean().removed
+
+
+def _python() -> Finding:
+    return Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
+
+
+def _qemu() -> Finding:
+    try:
+        path = probe.qemu_path()
+        return Finding("qemu", "ok", f"{probe.qemu_version(path)} at {path}")
+    except DhgError as error:
+        return Finding("qemu", "bad", str(error), error.hint or "apt-get install --reinstall qemu-system-x86")
+
+
+def _programs() -> list[Finding]:
+    found = []
+    for program, package in PREPARE_PROGRAMS.items():
+        path = proc.find_program(program)
+        if path:
+            found.append(Finding(program, "ok", path))
+        else:
+            found.append(Finding(program, "note", "not there; `dhg vm prepare` needs it", f"apt-get install {package}"))
+    return found
+
+
+def _kvm() -> Finding:
+    answer = probe.kvm_device()
+    if answer is None:
+        try:
+            answer = probe.known_kvm(probe.qemu_path())
+        except DhgError:
+            answer = None
+    if answer is None:
+        return Finding("kvm", "note", "/dev/kvm opens; whether a guest boots on it is not known yet", "dhg vm prepare")
+    if answer.usable:
+        return Finding("kvm", "ok", answer.reason)
+    return Finding("kvm", "note", f"not usable: {answer.reason}", "nothing: software emulation is used instead")
+
+
+def _userfaultfd() -> Finding:
+    if os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
+        return Finding("userfaultfd", "ok", "/dev/userfaultfd opens")
+    try:
+        with open("/proc/sys/vm/unprivileged_userfaultfd") as file:
+            allowed = file.read().strip() == "1" or os.geteuid() == 0
+    except OSError:
+        return Finding("userfaultfd", "note", "the kernel has none; only the firecracker engine needs it")
+    if allowed:
+        return Finding("userfaultfd", "ok", "the system call is allowed")
+    return Finding(
+        "userfaultfd",
+        "note",
+        "not allowed; only the firecracker engine needs it",
+        "sysctl vm.unprivileged_userfaultfd=1",
+    )
+
+
+def _namespaces() -> Finding:
+    if os.geteuid() == 0:
+        return Finding("user namespaces", "ok", "not needed: this is root")
+    for name in ("kernel/unprivileged_userns_clone", "user/max_user_namespaces"):
+        try:
+            with open(f"/proc/sys/{name}") as file:
+                if file.read().strip() == "0":
+                    return Finding(
+                        "user namespaces",
+                        "note",
+                        "off; without root prepare needs them",
+                        f"sysctl {name.replace('/', '.')}=1",
+                    )
+        except OSError:
+            continue
+    return Finding("user namespaces", "ok", "allowed")
+
+
+def _home() -> Finding:
+    home = config.home()
+    place = home
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    if not os.access(place, os.W_OK):
+        return Finding("home", "bad", f"{home} cannot be written", "set DHG_HOME to a directory that can")
+    free = shutil.disk_usage(place).free
+    if free < 1 << 30:
+        return Finding(
+            "home",
+            "note",
+            f"{home}: {free >> 20} MiB free; the first prepare needs 5 GiB",
+            "free some, or set DHG_HOME",
+        )
+    return Finding("home", "ok", f"{home}: {free >> 30} GiB free")
+
+
+def _memory() -> Finding:
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) >> 10 for line in file if line.startswith("MemAvailable:"))
+    if available < 512:
+        return Finding("memory", "bad", f"{available} MiB available; a VM takes 150 MiB and up", "end something")
+    return Finding("memory", "ok", f"{available} MiB available")
+
+
+def _snapshots() -> list[Finding]:
+    found = []
+    for path in inventory.generations():
+        item = inventory.describe(path)
+        name = f"snapshot {item['version']} ({item['engine']})"
+        if item["fits"]:
+            found.append(Finding(name, "ok", f"{item['accel']}, {item['disk_bytes'] >> 20} MiB"))
+        else:
+            found.append(
+                Finding(name, "bad", str(item["problem"]), f"dhg vm prepare --version {item['version']} --force")
+            )
+    if not found:
+        found.append(Finding("snapshots", "bad", "there is none", "dhg vm prepare"))
+    return found
+
+
+def _leftovers() -> list[Finding]:
+    left = inventory.leftovers()
+    if not left:
+        return [Finding("leftovers", "ok", "none")]
+    return [Finding("leftovers", "note", path, "dhg doctor --fix") for path in left]

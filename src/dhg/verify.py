@@ -1,0 +1,188 @@
+"""`dhg vm verify`: restores clones of a snapshot and looks at what must differ between them and what must agree."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from . import machine, proc
+from .errors import DhgError, SnapshotError
+from .snapshot import inventory, store
+from .wire import client
+
+#: How far a guest's clock may be off the host's.
+CLOCK_TOLERANCE_MS = 50.0
+RUN_TIMEOUT_S = 120.0
+
+PROBE = rb"""
+import json, os, random, secrets, socket, sys, tempfile, time, uuid
+import jpy, numpy
+java = jpy.get_type
+print('clock time.time', time.time_ns(), flush=True)
+print('clock System.currentTimeMillis', java('java.lang.System').currentTimeMillis() * 1_000_000, flush=True)
+found = {
+    'os.urandom': os.urandom(8).hex(),
+    'random.random': random.random(),
+    'random.gauss': random.gauss(0, 1),
+    'numpy.random.random': numpy.random.random(),
+    'numpy default_rng': float(numpy.random.default_rng().random()),
+    'uuid.uuid4': str(uuid.uuid4()),
+    'secrets.token_hex': secrets.token_hex(8),
+    'tempfile name': tempfile.mktemp(),
+    'Math.random': java('java.lang.Math').random(),
+    'ThreadLocalRandom': java('java.util.concurrent.ThreadLocalRandom').current().nextLong(),
+    'new Random()': java('java.util.Random')().nextLong(),
+    'SplittableRandom': java('java.util.SplittableRandom')().nextLong(),
+    'SecureRandom': java('java.security.SecureRandom')().nextLong(),
+    'UUID.randomUUID': java('java.util.UUID').randomUUID().toString(),
+    'hostname': socket.gethostname(),
+    'machine-id': open('/etc/machine-id').read().strip(),
+    'boot_id': open('/proc/sys/kernel/random/boot_id').read().strip(),
+}
+from deephaven import empty_table
+from deephaven.pandas import to_pandas
+before = time.time_ns()
+now = int(to_pandas(empty_table(1).update('t = epochNanos(now())'))['t'][0])
+after = time.time_ns()
+same = {
+    'now() lies between two calls of time.time': before // 1000 * 1000 <= now <= after,
+    'table of 1,000 rows': int(to_pandas(empty_table(1000).update('x = i * 7 % 13').sum_by())['x'][0]),
+    'python': sys.version.split()[0],
+}
+print('result ' + json.dumps([found, same]), flush=True)
+"""
+
+
+class Check(NamedTuple):
+    """One line of the verdict: `values` are what the clones (or the host) said."""
+
+    name: str
+    must: str
+    values: list[str]
+    ok: bool
+
+
+class Clone:
+    """What one restored VM said of itself."""
+
+    def __init__(self) -> None:
+        self.clocks: dict[str, float] = {}
+        self.differ: dict[str, Any] = {}
+        self.agree: dict[str, Any] = {}
+        self.usage: dict[str, int] = {}
+        self._held = b""
+
+    def take(self, data: bytes) -> None:
+        """Take output as it comes: a clock is compared with ours in the moment its line arrives."""
+        arrived_ns = time.time_ns()
+        *lines, self._held = (self._held + data).split(b"\n")
+        for line in lines:
+            kind, _, rest = line.decode().partition(" ")
+            if kind == "clock":
+                name, _, value = rest.rpartition(" ")
+                self.clocks[name] = (int(value) - arrived_ns) / 1e6
+            elif kind == "result":
+                self.differ, self.agree = json.loads(rest)
+
+
+def probe(version: str | None) -> Clone:
+    """Restore one clone and question it. Raises `DhgError`."""
+    clone = Clone()
+    errors: list[bytes] = []
+    with machine.restore(version) as vm:
+        deadline = proc.Deadline(RUN_TIMEOUT_S)
+        result = vm.run(client.Request(PROBE), stdout=clone.take, stderr=errors.append, deadline=deadline)
+        clone.usage = vm.usage()
+    if result.exit_code or not clone.differ:
+        raise SnapshotError("the probe failed in a clone", detail=b"".join(errors).decode("utf-8", "replace"))
+    return clone
+
+
+def checksums(path: str) -> list[Check]:
+    """Every file of a generation against the manifest."""
+    with open(path + "/manifest.json") as file:
+        manifest = json.load(file)
+    checks = [
+        Check(
+            "manifest format", "agree", [str(manifest["format"]), str(store.FORMAT)], manifest["format"] == store.FORMAT
+        )
+    ]
+    for name, known in manifest["files"].items():
+        digest = hashlib.sha256()
+        try:
+            with open(f"{path}/{name}", "rb") as data:
+                while part := data.read(1 << 20):
+                    digest.update(part)
+            found = digest.hexdigest()
+        except OSError as error:
+            found = str(error.strerror)
+        checks.append(Check(f"sha256 of {name}", "agree", [known["sha256"][:16], found[:16]], known["sha256"] == found))
+    return checks
+
+
+def in_a_row(version: str | None, count: int) -> Check:
+    """`count` restores one after the other, each with an answer of its own."""
+    times: list[float] = []
+    wrong = 0
+    for number in range(count):
+        out: list[bytes] = []
+        begin = time.monotonic()
+        try:
+            with machine.restore(version) as vm:
+                request = client.Request(b"print(%d * 3)" % number)
+                vm.run(request, stdout=out.append, stderr=out.append, deadline=proc.Deadline(RUN_TIMEOUT_S))
+        except DhgError as error:
+            out.append(str(error).encode())
+        times.append((time.monotonic() - begin) * 1000)
+        wrong += b"".join(out) != b"%d\n" % (number * 3)
+    return Check(
+        f"{count} restores in a row",
+        "be right",
+        [f"{count - wrong} right", f"median {sorted(times)[count // 2]:.0f} ms"],
+        not wrong,
+    )
+
+
+def verify(version: str | None = None, *, restores: int = 20) -> list[Check]:
+    """Every check, worst news included rather than raised. Raises `SnapshotMissing` if there is nothing to verify."""
+    version = store.resolve_version(version)
+    snapshot = store.open_snapshot(version)
+    os.close(snapshot.lock)
+    checks = checksums(snapshot.path)
+    with open(snapshot.path + "/manifest.json") as file:
+        inputs = json.load(file)["inputs"]
+    try:
+        inventory.check(snapshot.path, version, snapshot.engine, inputs)
+        checks.append(Check("fits this host", "agree", [inputs["engine_version"]], True))
+    except DhgError as error:
+        checks.append(Check("fits this host", "agree", [str(error)], False))
+    if not all(check.ok for check in checks):
+        return checks
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(probe, version) for _ in range(2)]
+        one, two = [run.result() for run in runs]
+    for name in one.clocks:
+        values = [clone.clocks[name] for clone in (one, two)]
+        ok = all(abs(value) <= CLOCK_TOLERANCE_MS for value in values)
+        checks.append(
+            Check(
+                f"{name} against the host",
+                f"be within {CLOCK_TOLERANCE_MS:g} ms",
+                [f"{value:+.1f} ms" for value in values],
+                ok,
+            )
+        )
+    for name, value in one.differ.items():
+        checks.append(Check(name, "differ", [str(value), str(two.differ[name])], value != two.differ[name]))
+    for name, value in one.agree.items():
+        checks.append(
+            Check(name, "agree", [str(value), str(two.agree[name])], value == two.agree[name] and value is not False)
+        )
+    for name, size in one.usage.items():
+        checks.append(Check(name.replace("_", " "), "be known", [str(size), str(two.usage[name])], True))
+    checks.append(in_a_row(version, restores))
+    return checks
