@@ -63,7 +63,8 @@ def test_cpio_by_the_letter_of_its_format() -> None:
     archive = Archive()
     archive.file("a/b/c", b"hello", mode=0o755)
     archive.file("a/d", b"")
-    data, found, at = archive.whole(), {}, 0
+    found: dict[str, tuple[int, bytes]] = {}
+    data, at = archive.whole(), 0
     while not found or "TRAILER!!!" not in found:
         assert data[at : at + 6] == b"070701"
         numbers = [int(data[at + 6 + 8 * n : at + 14 + 8 * n], 16) for n in range(13)]

@@ -23,7 +23,7 @@ def test_hello(dhg: Dhg) -> None:
 
 def test_a_million_rows(dhg: Dhg) -> None:
     code = "from deephaven import empty_table; t = empty_table(1_000_000).update('x = i'); print(t.size)"
-    done = dhg("exec", "--vm", "-c", code)
+    done = dhg("exec", "--vm", "--no-show-tables", "-c", code)
     assert (done.returncode, done.stdout) == (0, b"1000000\n"), done.stderr
 
 
@@ -42,7 +42,7 @@ while tick.size < 2 and time.monotonic() < until:
     time.sleep(0.05)
 print(tick.size >= 2)
 """
-    done = dhg("exec", "--vm", "-c", code)
+    done = dhg("exec", "--vm", "--no-show-tables", "-c", code)
     assert done.stdout == b"[3366.0, 3234.0, 3300.0]\n[2, 4]\nTrue\n", done.stderr
     assert done.returncode == 0
 

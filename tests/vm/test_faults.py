@@ -46,7 +46,7 @@ def _relocate(launch: bytes, old: bytes, new: bytes) -> bytes:
 
 
 def generation(home: Path) -> Path:
-    found = [path for path in home.glob("snapshots/*/qemu")]
+    found = list(home.glob("snapshots/*/qemu"))
     return found[0].resolve()
 
 

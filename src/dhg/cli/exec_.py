@@ -44,8 +44,10 @@ examples:
   echo "print(6 * 7)" | dhg exec --vm -
 """
 
-#: How long a script that was interrupted may take to wind up.
+#: How long a script that was interrupted may take to wind up, and how often it is told meanwhile: a signal that comes just
+#: before Python enters a system call does not end that call, and under emulation "just before" is a millisecond.
 GRACE_S = 2.0
+NUDGE_S = 0.1
 SIGALRM, SIG_IGN, ITIMER_REAL = 14, 1, 0
 
 
@@ -122,15 +124,21 @@ class Run:
     ) -> client.Result:
         """Run the script in it. Raises `DhgError`, KeyboardInterrupt."""
         source, deadline = self._source, self._deadline
+        grace = 0.0
 
         def interrupted(*_: object) -> None:
             if self._interrupted or not vm.interrupt():
                 raise KeyboardInterrupt
+            nonlocal grace
             self._interrupted = True
-            _signal.setitimer(ITIMER_REAL, GRACE_S)
+            grace = time.monotonic() + GRACE_S
+            _signal.setitimer(ITIMER_REAL, NUDGE_S, NUDGE_S)
 
         def alarmed(*_: object) -> None:
             # Also ends a write to a reader that does not read.
+            if self._interrupted and time.monotonic() < grace:
+                vm.interrupt()
+                return
             if self._interrupted or deadline is None:
                 raise KeyboardInterrupt
             raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint="the script was running")

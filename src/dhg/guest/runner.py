@@ -91,6 +91,7 @@ class Runner:
         self.clone = clone
         self.urandom = os.open("/dev/urandom", os.O_RDWR) if clone else -1
         self.machine_id = os.open("/etc/machine-id", os.O_WRONLY | os.O_CREAT, 0o444) if clone else -1
+        self.interrupted = False
         self.names: dict[str, Any] = {}
         self.reseeders: list[Any] = []
         self.finder: preview.Finder | None = None
@@ -132,7 +133,11 @@ class Runner:
             data = os.read(self.control, 4096)
         except OSError:
             return
-        if len(data) >= frames.HEAD_SIZE and frames.head(data)[0] == frames.INTERRUPT:
+        # The host says it more than once, see NUDGE_S there; a script is interrupted once.
+        if self.interrupted or len(data) < frames.HEAD_SIZE:
+            return
+        if frames.head(data)[0] == frames.INTERRUPT:
+            self.interrupted = True
             # Not KeyboardInterrupt at once: a script may have a handler of its own.
             signal.raise_signal(signal.SIGINT)
 
