@@ -23,7 +23,7 @@ import types
 from typing import Any
 
 from ..wire import frames
-from . import preview, script, stdio
+from . import exchange, preview, script, stdio
 
 RUN_DIR = "/run/dhg"
 
@@ -33,26 +33,6 @@ RNDRESEEDCRNG = 0x5207
 # linux/fcntl.h, missing in the module: F_SETOWN_EX and its F_OWNER_TID.
 F_SETOWN_EX = 15
 F_OWNER_TID = 0
-
-
-class Request:
-    """A decoded REQUEST."""
-
-    __slots__ = ("args", "base_ns", "end_mark", "entropy", "environ", "filename", "flags", "rows", "source", "time_ns")
-
-    def __init__(self, payload: bytes) -> None:
-        found = frames.fields(payload)
-        self.source = found[frames.F_SOURCE][0]
-        self.filename = frames.text(found[frames.F_FILENAME][0])
-        self.args = [frames.text(value) for value in found.get(frames.F_ARG, ())]
-        self.environ = [frames.text(value) for value in found.get(frames.F_ENV, ())]
-        self.time_ns = frames.integer(found[frames.F_TIME_NS][0])
-        base = found.get(frames.F_BASE_NS)
-        self.base_ns = frames.integer(base[0]) if base else None
-        self.entropy = found[frames.F_ENTROPY][0]
-        self.end_mark = found[frames.F_END_MARK][0]
-        self.flags = frames.integer(found[frames.F_FLAGS][0])
-        self.rows = frames.integer(found[frames.F_ROWS][0])
 
 
 def read_frame(fd: int) -> tuple[int, bytes]:
@@ -103,7 +83,7 @@ class Runner:
         self.names.update(__builtins__=__builtins__, __annotations__={})
         sys.modules["__main__"] = module
 
-    def wake(self, request: Request) -> None:
+    def wake(self, request: exchange.Request) -> None:
         """Make this clone true and unlike every other: clock, kernel RNG, names, the PRNGs of Python, NumPy, the JVM."""
         now = request.time_ns
         if request.base_ns is not None:
@@ -141,27 +121,16 @@ class Runner:
             # Not KeyboardInterrupt at once: a script may have a handler of its own.
             signal.raise_signal(signal.SIGINT)
 
-    def run(self, request: Request) -> tuple[script.Outcome, list[str]]:
+    def run(self, request: exchange.Request) -> tuple[script.Outcome, list[str]]:
         """Run the script and show its tables; its outcome and, if asked for, the tables as JSON."""
-        for item in request.environ:
-            name, _, value = item.partition("=")
-            os.environ[name] = value
+        exchange.set_environ(request)
         if not request.flags & frames.FLAG_STDIN:
             stdio.no_input()
         if not self.clone and request.filename[:1] != "<":
             sys.path[0] = os.path.dirname(os.path.abspath(request.filename))
         out = sys.stdout
         outcome = script.Script(request.source, request.filename, request.args, self.names).run()
-        tables: list[str] = []
-        if request.flags & frames.FLAG_TABLES and not outcome.raised and self.finder is not None:
-            meta, as_json = bool(request.flags & frames.FLAG_TABLE_META), bool(request.flags & frames.FLAG_JSON)
-            for text, data in self.finder.texts_and_data(self.names, request.rows, meta=meta, data=as_json):
-                if data is not None:
-                    tables.append(data)
-                elif not as_json:
-                    out.write(text)
-            out.flush()
-        return outcome, tables
+        return outcome, exchange.show_tables(request, outcome, self.finder, self.names, out)
 
     def serve(self) -> None:
         """Wait for the request, run it, report. Returns when the result is with the host."""
@@ -169,7 +138,7 @@ class Runner:
         woken = time.monotonic_ns()
         if kind != frames.REQUEST:
             raise frames.FrameError(f"kind {kind} instead of a request")
-        request = Request(payload)
+        request = exchange.Request(payload)
         if self.clone:
             try:
                 self.wake(request)
@@ -186,24 +155,7 @@ class Runner:
         stdio.write_all(1, request.end_mark)
         stdio.write_all(2, request.end_mark)
         done = time.monotonic_ns()
-        stdio.write_all(self.control, result(outcome, tables, released - woken, done - released))
-
-
-def result(outcome: script.Outcome, tables: list[str], ready_ns: int, script_ns: int) -> bytes:
-    """The RESULT frame; tables that do not fit are left out."""
-    payload = frames.field(frames.F_EXIT, outcome.exit_code)
-    payload += frames.field(frames.F_READY_NS, ready_ns) + frames.field(frames.F_SCRIPT_NS, script_ns)
-    if outcome.result_repr is not None:
-        payload += frames.field(frames.F_REPR, outcome.result_repr)
-    if outcome.error is not None:
-        for key, text in zip(
-            (frames.F_ERROR_TYPE, frames.F_ERROR_MESSAGE, frames.F_ERROR_TRACEBACK), outcome.error, strict=True
-        ):
-            payload += frames.field(key, text)
-    for table in tables:
-        if len(payload) + len(table) < frames.MAX_PAYLOAD // 4:
-            payload += frames.field(frames.F_TABLE, table)
-    return frames.frame(frames.RESULT, payload)
+        stdio.write_all(self.control, exchange.result(outcome, tables, released - woken, done - released))
 
 
 def log(control: int, text: str) -> None:

@@ -43,14 +43,15 @@ class Script:
         self.names = names
         self.outcome = Outcome()
 
-    def run(self) -> Outcome:
-        """Run it to its end, that of its threads and exit handlers included."""
+    def run(self, *, end: bool = True) -> Outcome:
+        """Run it to its end; with `end`, that of its threads and exit handlers included."""
         is_file = self.filename[:1] != "<"
         sys.argv = [self.filename if is_file else {"<string>": "-c"}.get(self.filename, "-"), *self.args]
         if is_file:
             self.names["__file__"] = self.filename
         self._guard(self._execute)
-        self._guard(self._wind_up)
+        if end:
+            self._guard(self._wind_up)
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
