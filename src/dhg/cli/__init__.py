@@ -20,6 +20,7 @@ usage: dhg exec --vm -c CODE          run a line of Python
        dhg vm verify                  restore clones and compare them
        dhg vm clean                   remove snapshots
        dhg doctor                     what this host lacks, and what to do about it
+       dhg completion SHELL           completion for bash, zsh, fish
 
 `dhg VERB --help` says more about a verb. Data live in DHG_HOME (default ~/.dhg).
 
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
             from . import doctor
 
             return doctor.main(argv[1:])
+        if verb == "completion":
+            from . import completion
+
+            return completion.main(argv[1:])
         if verb in ("--help", "-h", "help"):
             sys.stdout.write(HELP)
             return 0

@@ -14,7 +14,10 @@ from .options import Option, Values, help_text, parse, positive_integer, positiv
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .. import embedded
+    from .. import embedded, remote
+
+    #: What a script can run in. Each has `run`, `interrupt`, `usage`, `close`, and says what it is.
+    Place = machine.Machine | embedded.Embedded | remote.Remote
 
 OPTIONS = [
     Option("-c", "CODE", "the script itself"),
@@ -30,12 +33,25 @@ OPTIONS = [
     Option("-q, --quiet", None, "no notes of dhg's own on stderr, only errors"),
     Option("--debug", None, "show Python tracebacks of dhg's own errors, and the VM's command"),
     Option("-h, --help", None, "show this help"),
+    # In one line of MORE.
+    Option("--host", "HOST", ""),
+    Option("--port", "N", ""),
+    Option("--tls", None, ""),
+    Option("--tls-ca", "FILE", ""),
+    Option("--tls-cert", "FILE", ""),
+    Option("--tls-key", "FILE", ""),
+    Option("--auth-type", "TYPE", ""),
+    Option("--auth-token", "TOKEN", ""),
 ]
+
+REMOTE_ONLY = ("port", "tls", "tls_ca", "tls_cert", "tls_key", "auth_type", "auth_token")
 
 USAGE = "usage: dhg exec [--vm] [options] (-c CODE | SCRIPT | -) [ARG...]"
 
 MORE = """\
-Without --vm the script runs in a Deephaven server of its own on this host (pip install 'dhg[embedded]').
+Without --vm the script runs in a Deephaven server of its own on this host (pip install 'dhg[embedded]'), or in one
+that is up already (pip install 'dhg[remote]'): --host HOST [--port N] [--auth-type TYPE] [--auth-token TOKEN] [--tls]
+[--tls-ca FILE] [--tls-cert FILE --tls-key FILE]. The token may also come in DHG_AUTH_TOKEN.
 Exit codes: the script's own; 1 it raised, 2 usage or host problem, 3 timeout, 4 no snapshot, 130 Ctrl+C.
 
 examples:
@@ -104,24 +120,34 @@ class Run:
                 hint="put --vm before the script, or -- before the script's arguments",
             )
 
-    def start(self) -> machine.Machine | embedded.Embedded:
+    def start(self) -> Place:
         """Begin to start what the script will run in."""
         _signal.signal(proc.SIGTERM, _terminated)
-        if self._values.flag("vm"):
-            vm: machine.Machine | embedded.Embedded = machine.restore(self._values.text("version"))
-        else:
-            if self._values.text("version"):
-                raise UsageError("--version needs --vm: without it the installed deephaven-server runs")
-            from ..embedded import Embedded
-
-            vm = Embedded()
+        vm = self._place()
         if self._values.flag("debug"):
             _show_command(vm.command)
         return vm
 
-    def finish(
-        self, vm: machine.Machine | embedded.Embedded, stdout: client.Sink, stderr: client.Sink
-    ) -> client.Result:
+    def _place(self) -> Place:
+        values = self._values
+        if values.flag("vm"):
+            if values.text("host"):
+                raise UsageError("--vm and --host exclude each other")
+            return machine.restore(values.text("version"))
+        if values.text("version"):
+            raise UsageError("--version needs --vm: without it the installed deephaven-server runs, or that of --host")
+        if values.text("host"):
+            from ..remote import Remote
+
+            return Remote(_server(values))
+        named = next((name for name in REMOTE_ONLY if values.flag(name)), None)
+        if named:
+            raise UsageError(f"--{named.replace('_', '-')} needs --host")
+        from ..embedded import Embedded
+
+        return Embedded()
+
+    def finish(self, vm: Place, stdout: client.Sink, stderr: client.Sink) -> client.Result:
         """Run the script in it. Raises `DhgError`, KeyboardInterrupt."""
         source, deadline = self._source, self._deadline
         grace = 0.0
@@ -164,6 +190,24 @@ class Run:
         finally:
             _signal.setitimer(ITIMER_REAL, 0)
             _signal.signal(proc.SIGINT, SIG_IGN)
+
+
+def _server(values: Values) -> remote.Server:
+    from ..remote import Server
+
+    if values.flag("tls_key") != values.flag("tls_cert"):
+        raise UsageError("--tls-cert and --tls-key go together")
+    port = values.text("port")
+    return Server(
+        values.text("host") or "",
+        positive_integer("--port", port) if port else 10000,
+        values.text("auth_type") or "Anonymous",
+        values.text("auth_token") or os.environ.get("DHG_AUTH_TOKEN") or "",
+        values.flag("tls"),
+        values.text("tls_ca"),
+        values.text("tls_cert"),
+        values.text("tls_key"),
+    )
 
 
 def _terminated(number: int, _: object) -> None:
@@ -253,9 +297,7 @@ def _show_command(argv: list[str]) -> None:
     sys.stderr.write(f"dhg: {shlex.join(argv)}\n")
 
 
-def _show_phases(
-    entered_cpu_ns: int, began: int, done: int, ended: int, vm: machine.Machine | embedded.Embedded
-) -> None:
+def _show_phases(entered_cpu_ns: int, began: int, done: int, ended: int, vm: Place) -> None:
     # What the interpreter did before it came to us is all CPU time, so the process's CPU clock tells it.
     before = max(0.0, entered_cpu_ns / 1e6)
     phases = {

@@ -8,7 +8,7 @@ from ..errors import UsageError
 class Option:
     """One option: its names, how its value is called in the help (None for a flag), what it does.
 
-    `repeat` collects the values in a list.
+    `repeat` collects the values in a list. One without a text is told of elsewhere in the help.
     """
 
     __slots__ = ("help", "key", "metavar", "names", "repeat")
@@ -92,6 +92,8 @@ def help_text(usage: str, options: list[Option], more: str) -> str:
     """A verb's help: usage, the options in two columns, and `more`."""
     lines = [usage.rstrip(), "", "options:"]
     for option in options:
+        if not option.help:
+            continue
         left = ", ".join(option.names) + (f" {option.metavar}" if option.metavar else "")
         lines.append(f"  {left:<22} {option.help}" if len(left) <= 22 else f"  {left}\n{'':25}{option.help}")
     return "\n".join([*lines, "", more.strip()]) + "\n"

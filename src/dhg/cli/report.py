@@ -7,12 +7,15 @@ import sys
 import time
 from typing import Any
 
-from .. import embedded, machine
 from ..errors import DeadlineExceeded, DhgError, MachineError, OutcomeUnknown
 from ..wire import client, frames
 from . import show_error
 from .exec_ import Run
 from .options import Values
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .exec_ import Place
 
 
 def main(values: Values) -> int:
@@ -80,7 +83,7 @@ def _run(values: Values, report: dict[str, Any], out: list[bytes], err: list[byt
     run = Run(values)
     run.flags |= frames.FLAG_JSON
     with run.start() as vm:
-        report.update(version=vm.version, engine=vm.engine, acceleration=vm.acceleration)
+        report.update(engine=vm.engine, acceleration=vm.acceleration)
         try:
             result = run.finish(vm, out.append, err.append)
         except MachineError as error:
@@ -96,8 +99,9 @@ def _run(values: Values, report: dict[str, Any], out: list[bytes], err: list[byt
     report["tables"] = [json.loads(text) for text in result.texts(frames.F_TABLE)]
 
 
-def _cost(vm: machine.Machine | embedded.Embedded, report: dict[str, Any]) -> None:
-    report["guest"] = vm.usage()
+def _cost(vm: Place, report: dict[str, Any]) -> None:
+    report["version"] = vm.version
+    report["guest"] = vm.usage() or None
     report["timing"] = {name: round(value, 3) for name, value in vm.phases.items()}
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 
 from .. import config
 from ..errors import SnapshotError, SnapshotMissing
@@ -24,6 +25,9 @@ from ..wire import frames
 
 #: Version of `launch` and of the manifest.
 FORMAT = 1
+
+#: How often a lock is tried, every 10 ms.
+LOCK_TRIES = 1000
 
 L_FORMAT = 1
 L_ARG = 2  # the restore's command line, one argument a field
@@ -114,35 +118,42 @@ def open_snapshot(version: str | None = None, *, engine: str = "qemu") -> Snapsh
     version = resolve_version(version)
     link = f"{config.snapshots_dir()}/{version}/{engine}"
     # A prepare may replace the generation between our look at the link and our lock.
-    for _ in range(10):
+    name = None
+    while True:
         try:
-            path = os.path.dirname(link) + "/" + os.readlink(link)
+            before, name = name, os.readlink(link)
         except OSError:
             raise SnapshotMissing(f"there is no snapshot of Deephaven {version}", hint=prepare_hint(version)) from None
-        lock = _lock(path + "/lock")
-        if lock is None:
-            continue
+        path = f"{os.path.dirname(link)}/{name}"
+        lock = -1
         try:
+            lock = _lock(path + "/lock")
             return read(path, version, engine, lock)
-        except FileNotFoundError:
-            os.close(lock)
+        except FileNotFoundError as error:
+            if lock >= 0:
+                os.close(lock)
+            if name == before:
+                raise SnapshotError(
+                    f"the snapshot of Deephaven {version} is damaged: there is no {error.filename}",
+                    hint=prepare_hint(version) + " to make it anew",
+                ) from None
         except BaseException:
-            os.close(lock)
+            if lock >= 0:
+                os.close(lock)
             raise
-    raise SnapshotError(f"the snapshot of Deephaven {version} is being replaced over and over", hint="try again")
 
 
-def _lock(path: str) -> int | None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
+def _lock(path: str) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    # Whoever holds it exclusively looks whether it is in use, or is removing it, and is done in a moment.
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            time.sleep(0.01)
+    os.close(fd)
+    raise SnapshotError(f"{path} has been locked for {LOCK_TRIES // 100} s", hint="is a `dhg vm clean` stuck?")
 
 
 def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
