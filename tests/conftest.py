@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -62,6 +63,20 @@ def qemus_of(home: Path) -> list[int]:
             if argv and b"qemu-system" in argv[0] and any(os.fsencode(home) in arg for arg in argv):
                 found.append(int(name))
     return found
+
+
+def gone(pid: int, within_s: float) -> bool:
+    """Whether a process ends within that time; one that only waits to be reaped (by whoever adopted it) has ended."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] in "ZX":
+                    return True
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @pytest.fixture(scope="session", autouse=True)

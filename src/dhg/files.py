@@ -34,12 +34,25 @@ def try_lock(path: str) -> int | None:
 
 
 def private_dir(path: str) -> str:
-    """Make a directory that only its owner can enter, with those above it."""
+    """Make a directory that only its owner can enter, with those above it; `path`. Raises `HostError`."""
     try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        _make_private(path)
     except OSError as error:
         raise HostError(f"cannot make {path}: {error.strerror}", hint="set DHG_HOME to a writable directory") from error
     return path
+
+
+def _make_private(path: str) -> None:
+    # One by one: makedirs would give its mode to the last only.
+    if os.path.isdir(path):
+        return
+    _make_private(os.path.dirname(path))
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        # Another command may have been quicker; a file in the way is an error.
+        if not os.path.isdir(path):
+            raise
 
 
 def remove_tree(path: str) -> None:

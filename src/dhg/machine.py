@@ -14,6 +14,9 @@ from .wire import client
 #: How long a restore may take before it counts as hung.
 RESTORE_TIMEOUT_S = 60.0
 
+#: How closely the moment of the resume must be known. On a busy host QEMU may lose the CPU just then: then the guest is asked.
+RESUME_WITHIN_NS = 10_000_000
+
 
 class Machine:
     """A VM restored from `snapshot`. Made by `restore`; leaving the context kills it."""
@@ -25,8 +28,7 @@ class Machine:
         self.version = snapshot.version
         self.engine = snapshot.engine
         self.acceleration = snapshot.accel
-        #: The wall clock at the resume, in ns since the epoch; 0 before it.
-        self.resumed_ns = 0
+        self._resumed: tuple[int, int] | None = None
         self._session: client.Session | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
@@ -55,10 +57,23 @@ class Machine:
 
         Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
         """
+        session = self._settle(deadline)
+        source = None if stdin is None or not request.stdin else (stdin, self._vm.stdin)
+        clock = self._clock_of(session, deadline)
+        result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source, clock=clock)
+        now = time.monotonic_ns()
+        whole = (now - self._clock) / 1e6
+        self.phases["guest ready"] = result.ready_ns / 1e6
+        self.phases["script"] = result.script_ns / 1e6
+        self.phases["wake-up and result"] = whole - (result.ready_ns + result.script_ns) / 1e6
+        self._clock = now
+        return result
+
+    def _settle(self, deadline: proc.Deadline | None) -> client.Session:
         vm = self._vm
         limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
-            resumed_ns = qmp.wait_resumed(vm, deadline=proc.Deadline(limit))
+            self._resumed = qmp.wait_resumed(vm, deadline=proc.Deadline(limit))
         except (MachineError, DeadlineExceeded) as error:
             if deadline is not None and deadline.left() == 0.0:
                 raise DeadlineExceeded(
@@ -70,18 +85,26 @@ class Machine:
             ) from error
         self._phase("load and resume")
         self._session = session = client.Session(vm.control, vm.stdout, vm.stderr)
-        source = None if stdin is None or not request.stdin else (stdin, vm.stdin)
-        self.resumed_ns = resumed_ns
-        base_ns = self.snapshot.base_ns
-        clock = client.Clock(resumed_ns, base_ns) if base_ns else None
-        result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source, clock=clock)
-        now = time.monotonic_ns()
-        whole = (now - self._clock) / 1e6
-        self.phases["guest ready"] = result.ready_ns / 1e6
-        self.phases["script"] = result.script_ns / 1e6
-        self.phases["wake-up and result"] = whole - (result.ready_ns + result.script_ns) / 1e6
-        self._clock = now
-        return result
+        return session
+
+    def _clock_of(self, session: client.Session, deadline: proc.Deadline | None) -> client.Clock:
+        assert self._resumed is not None
+        before, after = self._resumed
+        if self.snapshot.base_ns and after - before <= RESUME_WITHIN_NS:
+            return client.Clock((before + after) // 2, self.snapshot.base_ns)
+        return session.ask_clock(deadline=deadline)
+
+    def measure_base(self, *, rounds: int, timeout_s: float) -> tuple[int, int]:
+        """The guest's monotonic clock at the moment of the resume, and by how much that may be off, both in ns.
+
+        It is the same for every clone of a snapshot. Instead of `run`; the VM cannot run anything afterwards but what `run` would.
+        """
+        deadline = proc.Deadline(timeout_s)
+        session = self._settle(deadline)
+        assert self._resumed is not None
+        before, after = self._resumed
+        clock = session.ask_clock(deadline=deadline, rounds=rounds)
+        return clock.base_ns - (clock.resumed_ns - (before + after) // 2), after - before
 
     def interrupt(self) -> bool:
         """Raise KeyboardInterrupt in the script; False if none runs. May be called from a signal handler."""

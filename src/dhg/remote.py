@@ -13,7 +13,7 @@ import time
 from typing import Any, NamedTuple
 
 from . import proc
-from .errors import HostError, MachineError, OutcomeUnknown, ProtocolError, UsageError
+from .errors import DhgError, HostError, MachineError, OutcomeUnknown, ProtocolError, UsageError
 from .wire import client, frames
 
 #: What of this package the server runs, packages first, each after what it imports.
@@ -136,6 +136,12 @@ class Remote:
             parts = self._session.open_table(name).to_arrow()["part"].to_pylist()
             self._session.run_script(f"del {name}")
         except self._error as error:
+            # A signal handler of ours ended the wait, and pydeephaven wrapped what it raised.
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, (DhgError, KeyboardInterrupt, SystemExit)):
+                    raise cause from None
+                cause = cause.__cause__
             hint = "the script may or may not have run"
             raise OutcomeUnknown("the server did not run it to its end", hint=hint, detail=_causes(error)) from error
         try:

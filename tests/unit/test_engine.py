@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from tests.conftest import gone
 
 from dhg import proc
 from dhg.engine import qemu
@@ -134,18 +134,7 @@ def test_a_child_on_the_leash_dies_with_its_parent() -> None:
         os.kill(pid, 0)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    until = time.monotonic() + 5
-    while _alive(pid):
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    assert gone(pid, 5.0)
 
 
 def test_run_reports_failure_timeout_and_absence() -> None:

@@ -148,30 +148,32 @@ def confinement() -> list[str]:
     return ["-sandbox", sandbox + ",elevateprivileges=deny"]
 
 
-def freeze(vm: Vm, state: str, *, timeout_s: float = 60.0) -> None:
-    """Stop the VM, write its device state to the file `state`, end QEMU. The RAM file then is the memory snapshot."""
+def freeze(vm: Vm, state: int, *, timeout_s: float = 60.0) -> None:
+    """Write the device state of a VM that `prepare_freeze` was called for to the file behind the descriptor `state`, end QEMU.
+    The RAM file then is the memory snapshot."""
     deadline = proc.Deadline(timeout_s)
-    fd = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        # Not stopped before: the state then says `running`, and whoever loads it goes on by itself. QEMU stops the guest
-        # while it writes the state, and leaves it so.
-        vm.qmp.send(CAPABILITIES)
-        vm.qmp.wait_for(b'"return"', deadline=deadline)
-        vm.qmp.send(SET_CAPABILITIES)
-        vm.qmp.wait_for(b'"return"', deadline=deadline)
-        # fd: and not exec: (which the sandbox forbids, and which can report `completed` before the file is whole).
-        _send_fd(vm.qmp.socket, b'{"execute":"getfd","arguments":{"fdname":"state"}}\n', fd)
-        vm.qmp.wait_for(b'"return"', deadline=deadline)
-        vm.qmp.send(b'{"execute":"migrate","arguments":{"uri":"fd:state"}}\n')
-        vm.qmp.wait_for(COMPLETED, deadline=deadline, errors=(b'"error"', FAILED))
-        vm.qmp.send(QUIT)
-        if vm.process.wait(deadline.left()) is None:
-            raise MachineError(f"QEMU did not end within {timeout_s:g} s after the snapshot")
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    if os.path.getsize(state) == 0:
+    # Not stopped before: the state then says `running`, and whoever loads it goes on by itself. QEMU stops the guest
+    # while it writes the state, and leaves it so.
+    vm.qmp.send(b'{"execute":"migrate","arguments":{"uri":"fd:state"}}\n')
+    vm.qmp.wait_for(COMPLETED, deadline=deadline, errors=(b'"error"', FAILED))
+    vm.qmp.send(QUIT)
+    if vm.process.wait(deadline.left()) is None:
+        raise MachineError(f"QEMU did not end within {timeout_s:g} s after the snapshot")
+    os.fsync(state)
+    if os.fstat(state).st_size == 0:
         raise SnapshotError("QEMU wrote no device state")
+
+
+def prepare_freeze(vm: Vm, state: int, *, timeout_s: float = 60.0) -> None:
+    """Tell a VM all that can be told before `freeze`, so that the guest does not run on for long once it is to be frozen."""
+    deadline = proc.Deadline(timeout_s)
+    vm.qmp.send(CAPABILITIES)
+    vm.qmp.wait_for(b'"return"', deadline=deadline)
+    vm.qmp.send(SET_CAPABILITIES)
+    vm.qmp.wait_for(b'"return"', deadline=deadline)
+    # fd: and not exec: (which the sandbox forbids, and which can report `completed` before the file is whole).
+    _send_fd(vm.qmp.socket, b'{"execute":"getfd","arguments":{"fdname":"state"}}\n', state)
+    vm.qmp.wait_for(b'"return"', deadline=deadline)
 
 
 def _send_fd(sock: _socket.socket, data: bytes, fd: int) -> None:
@@ -199,14 +201,22 @@ def start(argv: Sequence[str], *, state: int, lock: int, memory_mib: int) -> Vm:
     return vm
 
 
-def wait_resumed(vm: Vm, *, deadline: proc.Deadline) -> int:
-    """Wait until the guest runs: a write to a port before that hangs the guest for good. The wall clock then, in ns."""
-    line = vm.qmp.wait_for(b'"RESUME"', deadline=deadline, errors=(b'"error"', FAILED))
+def wait_resumed(vm: Vm, *, deadline: proc.Deadline) -> tuple[int, int]:
+    """Wait until the guest runs: a write to a port before that hangs the guest for good.
+
+    The wall clock before and after its clock began to run, in ns: QEMU sends RESUME before, `completed` after.
+    """
+    resumed = vm.qmp.wait_for(b'"RESUME"', deadline=deadline, errors=(b'"error"', FAILED))
+    completed = vm.qmp.wait_for(COMPLETED, deadline=deadline, errors=(b'"error"', FAILED))
+    return _event_ns(resumed), _event_ns(completed)
+
+
+def _event_ns(line: bytes) -> int:
     # {"timestamp": {"seconds": 1764000000, "microseconds": 12345}, "event": "RESUME"}
     try:
         seconds, micros = [
             int(line.split(name, 1)[1].split(b",", 1)[0].strip(b" :}")) for name in (b'"seconds"', b'"microseconds"')
         ]
     except (IndexError, ValueError):
-        raise MachineError(f"QEMU's RESUME event has no time: {line!r}") from None
+        raise MachineError(f"QEMU's event has no time: {line!r}") from None
     return seconds * 1_000_000_000 + micros * 1000

@@ -135,6 +135,10 @@ class Runner:
     def serve(self) -> None:
         """Wait for the request, run it, report. Returns when the result is with the host."""
         kind, payload = read_frame(self.control)
+        while kind == frames.CLOCK:
+            answer = frames.field(frames.F_BASE_NS, time.monotonic_ns())
+            stdio.write_all(self.control, frames.frame(frames.CLOCK, answer))
+            kind, payload = read_frame(self.control)
         woken = time.monotonic_ns()
         if kind != frames.REQUEST:
             raise frames.FrameError(f"kind {kind} instead of a request")
@@ -191,7 +195,9 @@ def main_vm() -> None:
     with open(f"{RUN_DIR}/frozen", "w"):
         pass
     warmup.shrink()
-    stdio.write_all(control, hello(versions))
+    greeting = hello(versions)
+    warmup.wait_for_quiet()
+    stdio.write_all(control, greeting)
     runner.serve()
     # The host kills the VM as soon as it has the result; whatever the script left running may go on until then.
     threading.Event().wait()

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import mmap
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +24,22 @@ JVM_ARGS = [
     "-Xrs",
     "-XX:-UsePerfData",
     "-Ddeephaven.console.type=python",
+    "-XX:+UnlockDiagnosticVMOptions",
+]
+
+# What wakes up by itself, ten times a second and more, would do so within the first milliseconds of every clone. None of it is
+# needed for what a script does: the scheduler's selector is woken by whoever gives it work, idle monitors are given back at the next
+# safepoint that something else needs, and the statistics go to a log that dies with the VM.
+JVM_ARGS_VM = [
+    "-DNIO.driver.workTimeout=3600000",
+    "-Dstatsdriver.enabled=false",
+    "-XX:GuaranteedSafepointInterval=0",
+    "-XX:AsyncDeflationInterval=0",
 ]
 
 # Under software emulation: C2's own work costs far more than its code gains within the life of a script, and
 # verifying classes takes a sixth of the start.
-JVM_ARGS_TCG = ["-XX:TieredStopAtLevel=1", "-XX:+UnlockDiagnosticVMOptions", "-XX:-BytecodeVerificationRemote"]
+JVM_ARGS_TCG = ["-XX:TieredStopAtLevel=1", "-XX:-BytecodeVerificationRemote"]
 
 #: An empty list would be taken for "none given" (start_jvm.py), and Deephaven's own pick G1: a second collector, and the JVM exits.
 HARMLESS = ["-XX:+OmitStackTraceInFastThrow"]
@@ -40,7 +51,7 @@ def jvm_args() -> list[str]:
         words = file.read().split()
     with open("/proc/meminfo") as file:
         heap_mib = int(file.readline().split()[1]) >> 11
-    return [f"-Xmx{heap_mib}m", *JVM_ARGS, *(JVM_ARGS_TCG if "dhg.accel=tcg" in words else [])]
+    return [f"-Xmx{heap_mib}m", *JVM_ARGS, *JVM_ARGS_VM, *(JVM_ARGS_TCG if "dhg.accel=tcg" in words else [])]
 
 
 def start_server(log: Callable[[str], None], args: list[str]) -> dict[str, str]:
@@ -187,19 +198,70 @@ def shrink() -> None:
         file.write("3")
     with open("/proc/sys/vm/compact_memory", "w") as file:
         file.write("1")
-    pid = os.fork()
-    if pid == 0:
-        _touch_free_memory()
-        os._exit(0)
+    # A process of its own and not a fork: that would leave every page of this one to be copied at its first write after the restore.
+    argv = ["/usr/bin/python3", "-I", "-S", "-c", _TOUCH_FREE_MEMORY]
+    pid = os.posix_spawn(argv[0], argv, {})
     os.waitpid(pid, 0)
 
 
-def _touch_free_memory() -> None:
-    # A page that is mapped in for the first time has been zeroed by the kernel; freed again, it stays zero.
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-    with open("/proc/meminfo") as file:
-        free_kib = next(int(line.split()[1]) for line in file if line.startswith("MemFree:"))
-    size = (free_kib - 48 * 1024) * 1024
-    if size > 0:
-        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+# A page that is mapped in for the first time has been zeroed by the kernel; freed again, it stays zero.
+_TOUCH_FREE_MEMORY = """
+import mmap
+with open("/proc/self/oom_score_adj", "w") as file:
+    file.write("1000")
+with open("/proc/meminfo") as file:
+    free_kib = next(int(line.split()[1]) for line in file if line.startswith("MemFree:"))
+size = (free_kib - 48 * 1024) * 1024
+if size > 0:
+    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+"""
+
+
+#: How long the other threads are watched, and how finely.
+WATCH_S = 3.0
+STEP_S = 0.01
+
+
+def wait_for_quiet() -> None:
+    """Return at the beginning of the longest time in which no other thread of this process is about to run.
+
+    What wakes up does so once a second (the update graph, cleaners). Frozen right after, a clone runs its first hundred
+    milliseconds undisturbed: under emulation what such a thread executes would have to be translated first.
+    """
+    steps = round(1 / STEP_S)
+    busy = [False] * steps
+    switches = _switches()
+    end = time.monotonic() + WATCH_S
+    while (now := time.monotonic()) < end:
+        time.sleep(STEP_S - now % STEP_S)
+        switches, before = _switches(), switches
+        if switches != before:
+            busy[int(now / STEP_S) % steps] = True
+    start, _ = longest_gap(busy)
+    # One step later: what made the last one busy may not be done.
+    time.sleep((((start + 1) * STEP_S) - time.monotonic()) % 1.0)
+
+
+def longest_gap(busy: list[bool]) -> tuple[int, int]:
+    """Start and length of the longest run of False in a list that is taken as a circle."""
+    best = (0, 0)
+    for start in range(len(busy)):
+        length = 0
+        while length < len(busy) and not busy[(start + length) % len(busy)]:
+            length += 1
+        if length > best[1]:
+            best = (start, length)
+    return best
+
+
+def _switches() -> int:
+    """How often the threads of this process, the calling one left out, have been given the CPU (third field of schedstat)."""
+    total = 0
+    for name in os.listdir("/proc/self/task"):
+        if int(name) != threading.get_native_id():
+            try:
+                with open(f"/proc/self/task/{name}/schedstat", "rb") as file:
+                    total += int(file.read().split()[2])
+            except OSError:
+                pass
+    return total

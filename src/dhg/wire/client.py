@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     Sink = Callable[[bytes], object]
 
 
+#: How often a guest is asked for its clock at most, how long it may take, and which round trip is short enough.
+CLOCK_ROUNDS = 8
+CLOCK_TIMEOUT_S = 20.0
+CLOCK_GOOD_NS = 10_000_000
+
+
 class Request:
     """A script to run.
 
@@ -69,8 +75,8 @@ class Result:
 
 
 class Clock:
-    """What a restored guest needs to know the time, however long the request is on its way: the host's wall clock at the
-    moment of the resume, and the guest's monotonic clock at that moment, which is the same for all clones of a snapshot."""
+    """What a restored guest needs to know the time, however long the request is on its way: what the host's wall clock and the
+    guest's monotonic clock said at the same moment. For the moment of the resume, the latter is the same for all clones."""
 
     __slots__ = ("base_ns", "resumed_ns")
 
@@ -178,6 +184,45 @@ class Session:
         except OSError:
             return False
         return True
+
+    def ask_clock(self, *, deadline: proc.Deadline | None = None, rounds: int = CLOCK_ROUNDS) -> Clock:
+        """Ask the guest for its monotonic clock; the quickest answer of up to `rounds` is good to half its round trip.
+
+        Stops early once that is a few ms. Raises `DeadlineExceeded`, `OutcomeUnknown`, `ProtocolError`.
+        """
+        best: tuple[int, int, int] | None = None
+        poller = select.poll()
+        poller.register(self.control.fileno(), select.POLLIN)
+        for _ in range(rounds):
+            asked = time.time_ns()
+            self._send(frames.frame(frames.CLOCK))
+            answer: bytes | None = None
+            limit = proc.Deadline(CLOCK_TIMEOUT_S if deadline is None else min(deadline.left(), CLOCK_TIMEOUT_S))
+            while answer is None:
+                if limit.left() == 0.0 or not poller.poll(limit.left() * 1000):
+                    raise DeadlineExceeded("the VM does not answer", hint="the script did not run")
+                answer = self._clock_answer()
+            now = time.time_ns()
+            found = (now - asked, (now + asked) // 2, frames.integer(answer))
+            best = found if best is None else min(best, found)
+            if rounds == CLOCK_ROUNDS and best[0] < CLOCK_GOOD_NS:
+                break
+        assert best is not None
+        return Clock(best[1], best[2])
+
+    def _clock_answer(self) -> bytes | None:
+        try:
+            data = self.control.recv(4096)
+            for kind, payload in self._decoder.feed(data):
+                if kind == frames.CLOCK:
+                    return frames.fields(payload)[frames.F_BASE_NS][0]
+        except OSError:
+            data = b""
+        except (frames.FrameError, KeyError) as error:
+            raise ProtocolError(f"the guest sent no valid frame: {error}") from error
+        if not data:
+            raise OutcomeUnknown("the VM ended before the script was with it", hint="the script did not run")
+        return None
 
     def _send(self, data: bytes) -> None:
         try:

@@ -47,7 +47,10 @@ DIED = 4  # init's last word: the runner's process is gone, F_EXIT is its status
 REQUEST = 16  # run this script
 INTERRUPT = 17  # raise KeyboardInterrupt in the script
 
-KINDS = frozenset((HELLO, RESULT, LOG, DIED, REFUSED, REQUEST, INTERRUPT))
+# Kinds, both ways, before the request.
+CLOCK = 32  # what does your monotonic clock say? The answer has F_BASE_NS
+
+KINDS = frozenset((HELLO, RESULT, LOG, DIED, REFUSED, REQUEST, INTERRUPT, CLOCK))
 
 # Fields of HELLO.
 F_PROTOCOL = 1
@@ -56,17 +59,19 @@ F_VERSIONS = 2  # "name=version", one a field
 # Fields of LOG.
 F_TEXT = 8
 
-# Fields of REQUEST.
+# Fields of REQUEST (F_BASE_NS of CLOCK, too).
 F_SOURCE = 16
 F_FILENAME = 17
 F_ARG = 18  # sys.argv[1:], one a field
 F_ENV = 19  # NAME=VALUE, one a field
-F_TIME_NS = 20  # the host's wall clock when the VM was resumed, or if F_BASE_NS is missing, when this was sent
+F_TIME_NS = (
+    20  # the host's wall clock when the guest's monotonic clock said F_BASE_NS; if that is missing, when this was sent
+)
 F_ENTROPY = 21
 F_END_MARK = 22  # the bytes that close stdout and stderr
 F_FLAGS = 23  # the sum of the flags below
 F_ROWS = 24  # rows of a table preview
-F_BASE_NS = 25  # the guest's monotonic clock when the VM was resumed
+F_BASE_NS = 25  # the guest's monotonic clock
 
 FLAG_STDIN = 1  # the stdin channel carries data; otherwise stdin is /dev/null
 FLAG_TABLES = 2  # show the tables that the script leaves
