@@ -28,7 +28,7 @@ class Machine:
         self.version = snapshot.version
         self.engine = snapshot.engine
         self.acceleration = snapshot.accel
-        self._resumed: tuple[int, int] | None = None
+        self._resumed = (0, 0)
         self._session: client.Session | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
@@ -63,9 +63,10 @@ class Machine:
         result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source, clock=clock)
         now = time.monotonic_ns()
         whole = (now - self._clock) / 1e6
-        self.phases["guest ready"] = result.ready_ns / 1e6
-        self.phases["script"] = result.script_ns / 1e6
-        self.phases["wake-up and result"] = whole - (result.ready_ns + result.script_ns) / 1e6
+        ready, script = result.ready_ns / 1e6, result.script_ns / 1e6
+        woken = min(max(0.0, result.woken_ns / 1e6), max(0.0, whole - ready - script))
+        self.phases.update({"wake-up": woken, "guest ready": ready, "script": script})
+        self.phases["result"] = whole - woken - ready - script
         self._clock = now
         return result
 
@@ -73,7 +74,8 @@ class Machine:
         vm = self._vm
         limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
-            self._resumed = qmp.wait_resumed(vm, deadline=proc.Deadline(limit))
+            began_ns = time.time_ns() - (time.monotonic_ns() - self._clock)
+            up_ns, *resumed = qmp.wait_resumed(vm, deadline=proc.Deadline(limit))
         except (MachineError, DeadlineExceeded) as error:
             if deadline is not None and deadline.left() == 0.0:
                 raise DeadlineExceeded(
@@ -83,12 +85,15 @@ class Machine:
             raise MachineError(
                 f"the VM could not be restored: {error}", hint=hint, detail=error.detail or vm.said()
             ) from error
-        self._phase("load and resume")
+        self._resumed = (resumed[0], resumed[1])
+        self._phase("state load")
+        # When the VMM was up it says on the wall clock, which may step meanwhile: for show only.
+        start = min(max(0.0, (up_ns - began_ns) / 1e6), self.phases["state load"])
+        self.phases["VMM start"], self.phases["state load"] = start, self.phases.pop("state load") - start
         self._session = session = client.Session(vm.control, vm.stdout, vm.stderr)
         return session
 
     def _clock_of(self, session: client.Session, deadline: proc.Deadline | None) -> client.Clock:
-        assert self._resumed is not None
         before, after = self._resumed
         if self.snapshot.base_ns and after - before <= RESUME_WITHIN_NS:
             return client.Clock((before + after) // 2, self.snapshot.base_ns)
@@ -101,7 +106,6 @@ class Machine:
         """
         deadline = proc.Deadline(timeout_s)
         session = self._settle(deadline)
-        assert self._resumed is not None
         before, after = self._resumed
         clock = session.ask_clock(deadline=deadline, rounds=rounds)
         return clock.base_ns - (clock.resumed_ns - (before + after) // 2), after - before

@@ -17,12 +17,13 @@ from dhg.errors import DeadlineExceeded, HostError
 from dhg.image.cpio import Archive
 from dhg.snapshot import build
 
-SPEC = qemu.Spec("/usr/bin/qemu-system-x86_64", "tcg", 2048, 1, "/k", "/i", "/a,b/root.erofs", 2596096)
+SPEC = qemu.Spec("/usr/bin/qemu-system-x86_64", "tcg", 2048, 1, "/k", "/i", "/s/kernel", "/a,b/root.erofs", 2596096)
 
 RESTORE = """
 /usr/bin/qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot
--M microvm,rtc=on,memory-backend=ram,acpi=on,isa-serial=on,auto-kernel-cmdline=off -accel tcg,tb-size=256 -cpu max,-erms,-fsrm,-la57
--smp 1 -m 2048M -object memory-backend-file,id=ram,size=2048M,mem-path=/s/ram,share=off -kernel /k -initrd /i -append
+-M microvm,rtc=on,memory-backend=ram,acpi=on,isa-serial=on,auto-kernel-cmdline=off,mem-merge=off,dump-guest-core=off
+-accel tcg,tb-size=256 -cpu max,-erms,-fsrm,-la57
+-smp 1 -m 2048M -object memory-backend-file,id=ram,size=2048M,mem-path=/s/ram,share=off -kernel /s/kernel -append
 """
 
 
@@ -41,12 +42,16 @@ def test_boot_and_restore_differ_in_nothing_a_guest_sees() -> None:
     only_restore = [arg for arg in restore if arg not in boot]
     assert only_boot == [
         "memory-backend-file,id=ram,size=2048M,mem-path=/s/ram,share=on",
+        "/k",
+        "-initrd",
+        "/i",
         "-add-fd",
         "fd=206,set=1",
         "file,id=console,path=/dev/fdset/1",
     ]
     assert only_restore == [
         "memory-backend-file,id=ram,size=2048M,mem-path=/s/ram,share=off",
+        "/s/kernel",
         "null,id=console",
         "-incoming",
         "defer",

@@ -59,7 +59,7 @@ def test_the_copy_works(dhg: Dhg, copy: Path) -> None:
     assert hello(dhg, copy) == (0, b"hello\n", b"")
 
 
-@pytest.mark.parametrize("name", ["ram", "state", "initramfs", "launch"])
+@pytest.mark.parametrize("name", ["ram", "state", "kernel", "launch"])
 def test_a_truncated_file_is_named(name: str, dhg: Dhg, copy: Path) -> None:
     path = generation(copy) / name
     os.truncate(path, path.stat().st_size // 2)
@@ -69,7 +69,7 @@ def test_a_truncated_file_is_named(name: str, dhg: Dhg, copy: Path) -> None:
     assert b"hint: run `dhg vm prepare" in err
 
 
-@pytest.mark.parametrize("name", ["ram", "state", "initramfs", "launch"])
+@pytest.mark.parametrize("name", ["ram", "state", "kernel", "launch"])
 def test_a_missing_file_is_named(name: str, dhg: Dhg, copy: Path) -> None:
     (generation(copy) / name).unlink()
     code, out, err = hello(dhg, copy)

@@ -10,6 +10,12 @@ import sys
 
 from ..errors import DhgError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+SIGPIPE = 13
+
 HELP = """\
 dhg: run a Deephaven script in a microVM of its own, restored from a warm snapshot
 
@@ -74,7 +80,24 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has seen enough. What is buffered cannot be written any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        return 128 + SIGPIPE
+
+
+def run() -> NoReturn:
+    """Run the command line of this process and end it.
+
+    Without the interpreter's own way out, which takes as long as a VM's first output: everything of ours is closed, and nothing
+    is left to write but the standard streams.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    except BrokenPipeError:
+        code = 128 + SIGPIPE
+    os._exit(code)
 
 
 def show_error(error: DhgError) -> None:

@@ -55,10 +55,11 @@ def show_tables(
     return tables
 
 
-def result(outcome: script.Outcome, tables: list[str], ready_ns: int, script_ns: int) -> bytes:
-    """The RESULT frame; tables that do not fit are left out."""
+def result(outcome: script.Outcome, tables: list[str], times: tuple[int, int, int]) -> bytes:
+    """The RESULT frame; `times` are F_WOKEN_NS, F_READY_NS and F_SCRIPT_NS. Tables that do not fit are left out."""
     payload = frames.field(frames.F_EXIT, outcome.exit_code)
-    payload += frames.field(frames.F_READY_NS, ready_ns) + frames.field(frames.F_SCRIPT_NS, script_ns)
+    for key, value in zip((frames.F_WOKEN_NS, frames.F_READY_NS, frames.F_SCRIPT_NS), times, strict=True):
+        payload += frames.field(key, value)
     if outcome.result_repr is not None:
         payload += frames.field(frames.F_REPR, outcome.result_repr)
     if outcome.error is not None:

@@ -41,7 +41,7 @@ def run(payload: str, names: dict[str, Any]) -> list[str]:
         os.environ.clear()
         os.environ.update(environ)
         names.pop("__file__", None)
-    whole = exchange.result(outcome, tables, 0, time.monotonic_ns() - began)
+    whole = exchange.result(outcome, tables, (0, 0, time.monotonic_ns() - began))
     parts = [*(_bytes_of(stream) for stream in streams), whole[frames.HEAD_SIZE :]]
     return [base64.b64encode(part).decode() for part in parts]
 

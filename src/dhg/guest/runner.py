@@ -13,6 +13,7 @@ from __future__ import annotations
 import _socket
 import fcntl
 import gc
+import mmap
 import os
 import signal
 import struct
@@ -23,13 +24,14 @@ import types
 from typing import Any
 
 from ..wire import frames
-from . import exchange, preview, script, stdio
+from . import exchange, preview, reseed, script, stdio
 
 RUN_DIR = "/run/dhg"
 
 # linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
+_POOL_INFO = struct.Struct("ii")
 # linux/fcntl.h, missing in the module: F_SETOWN_EX and its F_OWNER_TID.
 F_SETOWN_EX = 15
 F_OWNER_TID = 0
@@ -69,12 +71,17 @@ class Runner:
     def __init__(self, control: int, *, clone: bool) -> None:
         self.control = control
         self.clone = clone
-        self.urandom = os.open("/dev/urandom", os.O_RDWR) if clone else -1
-        self.machine_id = os.open("/etc/machine-id", os.O_WRONLY | os.O_CREAT, 0o444) if clone else -1
         self.interrupted = False
         self.names: dict[str, Any] = {}
-        self.reseeders: list[Any] = []
         self.finder: preview.Finder | None = None
+        self.cells = reseed.Cells()
+        self.jvm: reseed.Jvm | None = None
+        #: The channel of the script's stdin; /dev/null takes its place where the request brings none.
+        self.stdin = 0
+        self._async = fcntl.fcntl(control, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK
+        if clone:
+            self._urandom = os.open("/dev/urandom", os.O_RDWR)
+            self._machine_id = map_machine_id()
 
     def own_main(self) -> None:
         """Give the script a `__main__` of its own, as the interpreter makes it."""
@@ -91,22 +98,24 @@ class Runner:
             now += time.monotonic_ns() - request.base_ns
         time.clock_settime_ns(time.CLOCK_REALTIME, now)
         entropy = request.entropy
-        fcntl.ioctl(self.urandom, RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
-        fcntl.ioctl(self.urandom, RNDRESEEDCRNG)
+        fcntl.ioctl(self._urandom, RNDADDENTROPY, _POOL_INFO.pack(len(entropy) * 8, len(entropy)) + entropy)
+        fcntl.ioctl(self._urandom, RNDRESEEDCRNG)
         name = os.urandom(16).hex()
-        os.pwrite(self.machine_id, f"{name}\n".encode(), 0)
+        self._machine_id[:32] = name.encode()
         _socket.sethostname("dhg-" + name[:8])
-        for reseed in self.reseeders:
-            reseed()
+        self.cells.overwrite()
 
-    def watch_for_interrupt(self) -> None:
-        """From now on whatever the host sends on the control channel interrupts the main thread.
+    def prepare_interrupt(self) -> None:
+        """Have whatever the host sends on the control channel interrupt this thread, from `watch_for_interrupt` on.
 
         By signal and not by a thread that reads: it costs nothing until it happens, and ends a system call that blocks.
         """
         signal.signal(signal.SIGIO, self._interrupted)
         fcntl.fcntl(self.control, F_SETOWN_EX, struct.pack("ii", F_OWNER_TID, threading.get_native_id()))
-        fcntl.fcntl(self.control, fcntl.F_SETFL, fcntl.fcntl(self.control, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+
+    def watch_for_interrupt(self) -> None:
+        """From now on an INTERRUPT interrupts the thread that called `prepare_interrupt`."""
+        fcntl.fcntl(self.control, fcntl.F_SETFL, self._async)
 
     def _interrupted(self, *_: object) -> None:
         try:
@@ -124,8 +133,8 @@ class Runner:
     def run(self, request: exchange.Request) -> tuple[script.Outcome, list[str]]:
         """Run the script and show its tables; its outcome and, if asked for, the tables as JSON."""
         exchange.set_environ(request)
-        if not request.flags & frames.FLAG_STDIN:
-            stdio.no_input()
+        if request.flags & frames.FLAG_STDIN:
+            os.dup2(self.stdin, 0)
         if not self.clone and request.filename[:1] != "<":
             sys.path[0] = os.path.dirname(os.path.abspath(request.filename))
         out = sys.stdout
@@ -159,7 +168,8 @@ class Runner:
         stdio.write_all(1, request.end_mark)
         stdio.write_all(2, request.end_mark)
         done = time.monotonic_ns()
-        stdio.write_all(self.control, exchange.result(outcome, tables, released - woken, done - released))
+        times = (woken - (request.base_ns or woken), released - woken, done - released)
+        stdio.write_all(self.control, exchange.result(outcome, tables, times))
 
 
 def log(control: int, text: str) -> None:
@@ -186,21 +196,34 @@ def main_vm() -> None:
     runner.own_main()
     versions = warmup.warm_up(runner, lambda text: log(control, text))
     ports = (f"{RUN_DIR}/{name}" for name in ("stdin", "stdout", "stderr"))
-    stdio.attach(
+    runner.stdin = stdio.attach(
         *(os.open(port, flags) for port, flags in zip(ports, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True))
     )
+    runner.prepare_interrupt()
     script.settle()
     gc.collect()
     gc.freeze()
     with open(f"{RUN_DIR}/frozen", "w"):
         pass
-    warmup.shrink()
     greeting = hello(versions)
+    warmup.shrink()
+    warmup.settle_generators(runner)
     warmup.wait_for_quiet()
     stdio.write_all(control, greeting)
     runner.serve()
     # The host kills the VM as soon as it has the result; whatever the script left running may go on until then.
     threading.Event().wait()
+
+
+def map_machine_id() -> mmap.mmap:
+    """The machine id, 32 hexadecimal digits and a newline, to be written through memory: a system call would cost a clone more."""
+    with open("/etc/machine-id", "wb+") as file:
+        file.write(b"0" * 32 + b"\n")
+        file.flush()
+        os.fchmod(file.fileno(), 0o444)
+        mapped = mmap.mmap(file.fileno(), 0)
+    mapped[:32] = b"0" * 32
+    return mapped
 
 
 def main_embedded(control: int, stdin: int, stdout: int, stderr: int) -> None:
@@ -211,7 +234,8 @@ def main_embedded(control: int, stdin: int, stdout: int, stderr: int) -> None:
     runner.own_main()
     versions = warmup.start_server(lambda text: log(control, text), warmup.JVM_ARGS)
     runner.finder = preview.Finder()
-    stdio.attach(stdin, stdout, stderr)
+    runner.stdin = stdio.attach(stdin, stdout, stderr)
+    runner.prepare_interrupt()
     script.settle()
     stdio.write_all(control, hello(versions))
     runner.serve()

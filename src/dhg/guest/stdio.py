@@ -67,9 +67,13 @@ class Flusher:
         self._bell.acquire(blocking=False)
 
 
-def attach(stdin: int, stdout: int, stderr: int) -> None:
-    """Put the channels on descriptors 0, 1 and 2 (of Python, the JVM and every child) and make the three streams anew."""
-    for ours, fd in ((stdin, 0), (stdout, 1), (stderr, 2)):
+def attach(stdin: int, stdout: int, stderr: int) -> int:
+    """Put the channels on descriptors 1 and 2 (of Python, the JVM and every child) and make the three streams anew.
+
+    Descriptor 0 is /dev/null until there is input: what is returned is to be put there by dup2 then.
+    """
+    null = os.open("/dev/null", os.O_RDONLY)
+    for ours, fd in ((null, 0), (stdout, 1), (stderr, 2)):
         os.dup2(ours, fd, inheritable=True)
         os.close(ours)
     out = Stdout(_buffer(1), encoding="utf-8", errors="strict", line_buffering=True)
@@ -77,17 +81,11 @@ def attach(stdin: int, stdout: int, stderr: int) -> None:
     vars(sys).update(stdin=_reader(), stdout=out, stderr=err)
     vars(sys).update(__stdin__=sys.stdin, __stdout__=out, __stderr__=err)
     Flusher(out)
+    return stdin
 
 
 def _buffer(fd: int) -> io.BufferedWriter:
     return io.BufferedWriter(io.FileIO(fd, "wb", closefd=False), 65536)
-
-
-def no_input() -> None:
-    """Give the script an stdin at its end."""
-    null = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
 
 
 def _reader() -> io.TextIOWrapper:

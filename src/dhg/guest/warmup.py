@@ -28,10 +28,10 @@ JVM_ARGS = [
 ]
 
 # What wakes up by itself, ten times a second and more, would do so within the first milliseconds of every clone. None of it is
-# needed for what a script does: the scheduler's selector is woken by whoever gives it work, idle monitors are given back at the next
-# safepoint that something else needs, and the statistics go to a log that dies with the VM.
+# needed for what a script does: the look for new global variables tells web clients, of which there are none; idle monitors are
+# given back at the next safepoint that something else needs, and the statistics go to a log that dies with the VM.
 JVM_ARGS_VM = [
-    "-DNIO.driver.workTimeout=3600000",
+    "-DDeephavenApiServer.checkScopeChangesIntervalMillis=3600000",
     "-Dstatsdriver.enabled=false",
     "-XX:GuaranteedSafepointInterval=0",
     "-XX:AsyncDeflationInterval=0",
@@ -88,10 +88,19 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
         log(f"warm-up: {name}")
         rehearse(runner.finder, name, source)
     rehearse_failure()
-    runner.reseeders += [reseed.python(), reseed.jvm()]
+    runner.jvm = reseed.Jvm()
     log("collecting garbage")
     give_back()
     return versions
+
+
+def settle_generators(runner: Any) -> None:
+    """Find the random number generators' states for the runner. Nothing may be collected after this."""
+    reseed.python(runner.cells)
+    if runner.jvm is not None:
+        collect_java()
+        runner.jvm.find(runner.cells)
+        runner.jvm.check()
 
 
 def rehearse(finder: preview.Finder, name: str, source: str) -> None:
@@ -181,15 +190,19 @@ to_numpy(empty_table(10).update('x = i'))
 
 def give_back() -> None:
     """Collect garbage in Python and in the JVM."""
-    import jpy
-
     gc.collect()
-    system = jpy.get_type("java.lang.System")
+    collect_java()
     # References that only a cleaner thread drops go away with the second collection.
-    system.gc()
     time.sleep(0.2)
     gc.collect()
-    system.gc()
+    collect_java()
+
+
+def collect_java() -> None:
+    """A full collection."""
+    import jpy
+
+    jpy.get_type("java.lang.System").gc()
 
 
 def shrink() -> None:

@@ -20,6 +20,17 @@ MODULES = (
 )
 
 
+def stub(bzimage: bytes) -> bytes:
+    """The head of a bzImage: boot sector and setup code, which is all that a VMM looks at before it runs the kernel.
+
+    Documentation/arch/x86/boot.rst: at 0x1f1 the number of setup sectors after the first (0 means 4), at 0x202 "HdrS".
+    Raises `ImageError` for anything else.
+    """
+    if bzimage[0x202:0x206] != b"HdrS":
+        raise ImageError("the kernel is no bzImage")
+    return bzimage[: ((bzimage[0x1F1] or 4) + 1) * 512 + 4096]
+
+
 def module_files(tree: str) -> dict[str, str]:
     """Path of every module in an unpacked kernel package, by its name with underscores."""
     found = {}

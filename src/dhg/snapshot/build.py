@@ -18,6 +18,7 @@ from ..engine import probe, qemu, qmp
 from ..errors import DeadlineExceeded, DhgError, HostError, ProtocolError, SnapshotError
 from ..files import locked, private_dir, remove_tree, sync_dir
 from ..image import build as image
+from ..image.kernel import stub as kernel_stub
 from ..machine import Machine
 from ..wire import client, frames
 from . import inventory, store
@@ -151,7 +152,8 @@ def _prepare(
                 memory_mib=memory_mib,
                 vcpus=vcpus,
                 kernel=image.kernel_image(base),
-                initramfs=f"{folder}/{name}/initramfs",
+                initramfs=f"{tmp}/initramfs",
+                stub=f"{folder}/{name}/kernel",
                 image=f"{root}/root.erofs",
                 tsc_khz=probe.tsc_khz(),
             )
@@ -200,6 +202,8 @@ def _fill(
 ) -> None:
     began = time.monotonic()
     _write(f"{tmp}/initramfs", initramfs)
+    with open(spec.kernel, "rb") as kernel:
+        _write(f"{tmp}/kernel", kernel_stub(kernel.read()))
     _write(f"{tmp}/lock", b"")
     console = os.open(f"{tmp}/console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     state = os.open(f"{tmp}/state", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -208,7 +212,7 @@ def _fill(
     os.truncate(ram, spec.memory_mib << 20)
     progress("boot", f"{spec.accel}, {spec.memory_mib} MiB, {spec.vcpus} vCPUs")
     try:
-        with qemu.boot(spec._replace(initramfs=f"{tmp}/initramfs"), ram, console=console) as vm:
+        with qemu.boot(spec, ram, console=console) as vm:
             qmp.prepare_freeze(vm, state)
             versions = _wait_hello(vm, progress)
             qmp.freeze(vm, state)
@@ -222,8 +226,9 @@ def _fill(
     progress("compact", "")
     digest = copy_sparse(ram, f"{tmp}/ram")
     os.unlink(ram)
+    os.unlink(spec.initramfs)
     files = {"ram": {"size": spec.memory_mib << 20, "disk": os.stat(f"{tmp}/ram").st_blocks * 512, "sha256": digest}}
-    for name in ("state", "initramfs"):
+    for name in ("state", "kernel"):
         with open(f"{tmp}/{name}", "rb") as data:
             content = data.read()
         files[name] = {"size": len(content), "disk": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -240,7 +245,7 @@ def _fill(
     with open(os.path.dirname(spec.image) + "/packages.json") as packages:
         manifest["packages"] = json.load(packages)
     _write(f"{tmp}/manifest.json", json.dumps(manifest, indent=1).encode())
-    checked = [spec.qemu, spec.kernel, spec.image]
+    checked = [spec.qemu, spec.image]
     launch = store.launch_bytes(
         version=version,
         engine="qemu",
@@ -248,7 +253,7 @@ def _fill(
         memory_mib=spec.memory_mib,
         argv=qemu.restore_argv(spec, f"{final}/ram"),
         checked=checked,
-        own=[(f"{tmp}/{name}", f"{final}/{name}") for name in ("ram", "state", "initramfs")],
+        own=[(f"{tmp}/{name}", f"{final}/{name}") for name in ("ram", "state", "kernel")],
     )
     _write(f"{tmp}/launch", launch)
     sync_dir(tmp)

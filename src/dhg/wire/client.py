@@ -58,14 +58,15 @@ class Request:
 
 
 class Result:
-    """How a script ended: its exit code, the times in ns until it was released and from there to its end, and the other
-    fields of RESULT as they came."""
+    """How a script ended: its exit code, the times in ns (resume to wake-up, to the release of the script, to its end), and the
+    other fields of RESULT as they came."""
 
-    __slots__ = ("_fields", "exit_code", "ready_ns", "script_ns")
+    __slots__ = ("_fields", "exit_code", "ready_ns", "script_ns", "woken_ns")
 
     def __init__(self, fields: dict[int, list[bytes]]) -> None:
         self._fields = fields
         self.exit_code = frames.integer(fields[frames.F_EXIT][0])
+        self.woken_ns = frames.integer(fields[frames.F_WOKEN_NS][0])
         self.ready_ns = frames.integer(fields[frames.F_READY_NS][0])
         self.script_ns = frames.integer(fields[frames.F_SCRIPT_NS][0])
 

@@ -80,6 +80,7 @@ FLAG_JSON = 8  # as data in RESULT instead of text on stdout
 
 # Fields of RESULT.
 F_EXIT = 32
+F_WOKEN_NS = 40  # from the moment of REQUEST's F_BASE_NS to the wake-up of the runner; 0 where that is missing
 F_READY_NS = 33  # from the wake-up of the runner to the release of the script
 F_SCRIPT_NS = 34  # from there to its end
 F_REPR = 35  # of the value, if the source was one expression and it was not None
