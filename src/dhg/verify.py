@@ -19,7 +19,7 @@ CLOCK_TOLERANCE_MS = 50.0
 RUN_TIMEOUT_S = 120.0
 
 PROBE = rb"""
-import json, os, random, secrets, socket, sys, tempfile, time, uuid
+import json, os, random, secrets, socket, ssl, sys, tempfile, time, uuid
 import jpy, numpy
 java = jpy.get_type
 print('clock time.time', time.time_ns(), flush=True)
@@ -30,6 +30,7 @@ found = {
     'random.gauss': random.gauss(0, 1),
     'numpy.random.random': numpy.random.random(),
     'numpy default_rng': float(numpy.random.default_rng().random()),
+    'ssl.RAND_bytes': ssl.RAND_bytes(8).hex(),
     'uuid.uuid4': str(uuid.uuid4()),
     'secrets.token_hex': secrets.token_hex(8),
     'tempfile name': tempfile.mktemp(),
@@ -129,16 +130,9 @@ def in_a_row(version: str | None, count: int) -> Check:
     times: list[float] = []
     wrong = 0
     for number in range(count):
-        out: list[bytes] = []
         begin = time.monotonic()
-        try:
-            with machine.restore(version) as vm:
-                request = client.Request(b"print(%d * 3)" % number)
-                vm.run(request, stdout=out.append, stderr=out.append, deadline=proc.Deadline(RUN_TIMEOUT_S))
-        except DhgError as error:
-            out.append(str(error).encode())
+        wrong += not _answers(version, number)
         times.append((time.monotonic() - begin) * 1000)
-        wrong += b"".join(out) != b"%d\n" % (number * 3)
     return Check(
         f"{count} restores in a row",
         "be right",
@@ -147,8 +141,31 @@ def in_a_row(version: str | None, count: int) -> Check:
     )
 
 
-def verify(version: str | None = None, *, restores: int = 20) -> list[Check]:
-    """Every check, worst news included rather than raised. Raises `SnapshotMissing` if there is nothing to verify."""
+def at_once(version: str | None, count: int) -> Check:
+    """`count` restores at the same time, each with an answer of its own."""
+    begin = time.monotonic()
+    with ThreadPoolExecutor(count) as pool:
+        wrong = sum(pool.map(lambda number: not _answers(version, number), range(count)))
+    took = (time.monotonic() - begin) * 1000
+    return Check(f"{count} at once", "be right", [f"{count - wrong} right", f"{took:.0f} ms for all"], not wrong)
+
+
+def _answers(version: str | None, number: int) -> bool:
+    out: list[bytes] = []
+    try:
+        with machine.restore(version) as vm:
+            request = client.Request(b"print(%d * 3)" % number)
+            vm.run(request, stdout=out.append, stderr=out.append, deadline=proc.Deadline(RUN_TIMEOUT_S))
+    except DhgError as error:
+        out.append(str(error).encode())
+    return b"".join(out) == b"%d\n" % (number * 3)
+
+
+def verify(version: str | None = None, *, restores: int = 20, together: int = 2) -> list[Check]:
+    """Every check, worst news included rather than raised; `restores` one after the other, `together` at once.
+
+    Raises `SnapshotMissing` if there is nothing to verify.
+    """
     version = store.resolve_version(version)
     snapshot = store.open_snapshot(version)
     os.close(snapshot.lock)
@@ -184,5 +201,5 @@ def verify(version: str | None = None, *, restores: int = 20) -> list[Check]:
         )
     for name, size in one.usage.items():
         checks.append(Check(name.replace("_", " "), "be known", [str(size), str(two.usage[name])], True))
-    checks.append(in_a_row(version, restores))
+    checks += [in_a_row(version, restores), at_once(version, together)]
     return checks

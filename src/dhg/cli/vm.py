@@ -41,6 +41,7 @@ STATUS = [Option("--json", None, "one JSON object"), _DEBUG, _HELP]
 VERIFY = [
     Option("--version", "V", "which snapshot (default: DHG_VERSION, or the newest)"),
     Option("--restores", "N", "how many restores in a row (default 20)"),
+    Option("--at-once", "N", "how many at the same time (default 2)"),
     Option("--json", None, "one JSON object"),
     _DEBUG,
     _HELP,
@@ -235,11 +236,13 @@ def verify(argv: list[str]) -> int:
     )
     if values is None:
         return 0
-    restores = values.text("restores")
+    restores, together = values.text("restores"), values.text("at_once")
     from .. import verify as verifier
 
     checks = verifier.verify(
-        values.text("version"), restores=positive_integer("--restores", restores) if restores else 20
+        values.text("version"),
+        restores=positive_integer("--restores", restores) if restores else 20,
+        together=positive_integer("--at-once", together) if together else 2,
     )
     good = all(check.ok for check in checks)
     if values.flag("json"):
