@@ -14,20 +14,28 @@ Reseeder = Callable[[], None]
 
 
 def python() -> Reseeder:
-    """For CPython's `random` and NumPy's global generator."""
+    """For CPython's `random`."""
     import random
 
-    import numpy
-
     generator: Any = random._inst
-    legacy = numpy.random.mtrand._rand
 
     def reseed() -> None:
-        seed = os.urandom(40)
         # The C method of the base class: Random.seed would come to the same by way of SHA-512.
-        super(random.Random, generator).seed(int.from_bytes(seed[:32], "little"))
+        super(random.Random, generator).seed(int.from_bytes(os.urandom(32), "little"))
         generator.gauss_next = None
-        legacy.seed(int.from_bytes(seed[32:36], "little"))
+
+    reseed()
+    return reseed
+
+
+def numpy() -> Reseeder:
+    """For NumPy's global generator."""
+    from numpy.random import mtrand
+
+    legacy = mtrand._rand
+
+    def reseed() -> None:
+        legacy.seed(int.from_bytes(os.urandom(4), "little"))
 
     reseed()
     return reseed

@@ -254,7 +254,7 @@ def clean(*, version: str | None = None, everything: bool = False) -> Cleaned:
     root = config.snapshots_dir()
     if version is not None:
         if not os.path.isdir(f"{root}/{version}"):
-            raise SnapshotMissing(f"there is no snapshot of Deephaven {version}", hint="`dhg vm status` lists them")
+            raise SnapshotMissing(f"there is no snapshot of {config.title(version)}", hint="`dhg vm status` lists them")
         _clean_version(f"{root}/{version}", result, snapshots=True)
         return result
     try:

@@ -100,13 +100,18 @@ def versions() -> list[str]:
 
 
 def resolve_version(version: str | None) -> str:
-    """The version to use: `version`, `DHG_VERSION`, or that of the newest snapshot. Raises `SnapshotMissing`."""
+    """The version to use: `version`, `DHG_VERSION`, or the newest snapshot's. Raises `SnapshotMissing`.
+
+    The bare snapshot is only taken where it is asked for.
+    """
     version = version or os.environ.get("DHG_VERSION")
     if version:
         return config.check_version(version)
     found = versions()
+    if found[:1] == [config.BARE]:
+        del found[0]
     if not found:
-        raise SnapshotMissing("there is no snapshot yet", hint=prepare_hint())
+        raise SnapshotMissing("there is no snapshot of Deephaven yet", hint=prepare_hint())
     return found[0]
 
 
@@ -123,7 +128,7 @@ def open_snapshot(version: str | None = None, *, engine: str = "qemu") -> Snapsh
         try:
             before, name = name, os.readlink(link)
         except OSError:
-            raise SnapshotMissing(f"there is no snapshot of Deephaven {version}", hint=prepare_hint(version)) from None
+            raise SnapshotMissing(f"there is no snapshot of {config.title(version)}", hint=prepare_hint(version)) from None
         path = f"{os.path.dirname(link)}/{name}"
         lock = -1
         try:
@@ -134,7 +139,7 @@ def open_snapshot(version: str | None = None, *, engine: str = "qemu") -> Snapsh
                 os.close(lock)
             if name == before:
                 raise SnapshotError(
-                    f"the snapshot of Deephaven {version} is damaged: there is no {error.filename}",
+                    f"the snapshot of {config.title(version)} is damaged: there is no {error.filename}",
                     hint=prepare_hint(version) + " to make it anew",
                 ) from None
         except BaseException:
@@ -158,7 +163,7 @@ def _lock(path: str) -> int:
 
 def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
     """The snapshot in the directory `path`, checked. Raises `SnapshotError`, `FileNotFoundError`."""
-    damaged = f"the snapshot of Deephaven {version} is damaged"
+    damaged = f"the snapshot of {config.title(version)} is damaged"
     hint = prepare_hint(version) + " to make it anew"
     fd = os.open(path + "/launch", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -180,7 +185,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
             if seen != (int(size), int(mtime_ns)):
                 what = "is gone" if seen is None else "has changed since"
                 raise SnapshotError(
-                    f"the snapshot of Deephaven {version} does not fit: {os.fsdecode(name)} {what}", hint=hint
+                    f"the snapshot of {config.title(version)} does not fit: {os.fsdecode(name)} {what}", hint=hint
                 )
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
