@@ -47,19 +47,6 @@ def qemu_version(qemu: str) -> str:
     return first.removeprefix("QEMU emulator version ").strip()
 
 
-def cpu_model() -> str:
-    """The host's CPU by name, and its flags' number: part of what a KVM snapshot depends on."""
-    model = flags = ""
-    with open("/proc/cpuinfo") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name.strip() == "model name" and not model:
-                model = value.strip()
-            if name.strip() == "flags" and not flags:
-                flags = value
-    return f"{model} ({len(flags.split())} flags)"
-
-
 def tsc_khz() -> int:
     """The frequency of the host's time stamp counter in kHz, measured against CLOCK_MONOTONIC_RAW; 0 if it is not constant.
 
@@ -182,7 +169,7 @@ def remembered() -> dict[str, list[object]]:
 def probe_key(qemu: str) -> str:
     """What a remembered answer is for: the machine's kernel, CPU and QEMU, and whether we may open /dev/kvm."""
     return "|".join(
-        (os.uname().release, cpu_model(), qemu, qemu_version(qemu), "root" if os.geteuid() == 0 else "user")
+        (os.uname().release, proc.cpu_model(), qemu, qemu_version(qemu), "root" if os.geteuid() == 0 else "user")
     )
 
 

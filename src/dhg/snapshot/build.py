@@ -137,7 +137,7 @@ def _prepare(
         "initramfs": hashlib.sha256(initramfs).hexdigest(),
         "runner": runner,
         "image": os.path.basename(root),
-        "host_cpu": probe.cpu_model() if accel == "kvm" else "",
+        "host_cpu": proc.cpu_model() if accel == "kvm" else "",
     }
     with locked(f"{folder}/.prepare-lock"):
         link = f"{folder}/qemu"
