@@ -20,7 +20,13 @@ def make(home: Path, version: str, *, accel: str, cpu: str | None = None) -> Pat
     generation.mkdir(parents=True)
     (generation / "lock").touch()
     data = store.launch_bytes(
-        version=version, engine="qemu", accel=accel, memory_mib=256, argv=["/no/vmm"], checked=[], own=[]
+        version=version,
+        engine="qemu",
+        accel=accel,
+        memory_mib=256,
+        argv=["/no/vmm"],
+        checked=[str(generation / "lock")],
+        own=[],
     )
     if cpu is not None:
         data = data.replace(frames.field(store.L_CPU, proc.cpu_model()), frames.field(store.L_CPU, cpu))
