@@ -61,7 +61,7 @@ def test_it_has_no_deephaven(at_home: Dhg) -> None:
 def test_it_is_not_taken_by_itself(at_home: Dhg) -> None:
     done = at_home("exec", "--vm", "-c", "pass")
     assert done.returncode == 4
-    assert b"error: there is no snapshot of Deephaven yet\nhint: run `dhg vm prepare`\n" == done.stderr
+    assert done.stderr == b"error: there is no snapshot of Deephaven yet\nhint: run `dhg vm prepare`\n"
 
 
 def test_clones_differ(at_home: Dhg) -> None:
