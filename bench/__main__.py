@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dhg.snapshot import inventory
+from dhg.snapshot import inventory, store
 
 ROOT = Path(__file__).resolve().parent.parent
 DHG = str(Path(sys.executable).with_name("dhg"))
@@ -210,8 +210,12 @@ def main() -> None:
     parser.add_argument("--no-plain", action="store_true", help="leave the plain Deephaven server out")
     args = parser.parse_args()
     host = inventory.survey()
-    snapshot = next(item for item in host["snapshots"] if item["fits"])
-    print(HEAD, flush=True)
+    # The one that `exec --vm` takes, which the rows below measure.
+    version = store.resolve_version(None)
+    snapshot = next(item for item in host["snapshots"] if item["fits"] and item["version"] == version)
+    kvm = host["host"]["kvm"]
+    usable = "usable" if kvm["usable"] else "not usable"
+    print(f"Measured under {snapshot['accel'].upper()}. KVM here: {usable} ({kvm['reason']}).\n\n{HEAD}", flush=True)
     rows = measure(args.runs, snapshot["version"], with_plain=not args.no_plain)
     built = snapshot["prepare_s"]
     extra = [

@@ -9,8 +9,12 @@ from .errors import UsageError
 #: The Deephaven release that this release of dhg was tested with.
 DEFAULT_DEEPHAVEN = "42.7"
 
-#: What `dhg vm prepare` gives a VM unless told otherwise.
+#: The name of the snapshot without Deephaven: a plain Python in the same VM, quick to make, for trying a hypervisor.
+BARE = "bare"
+
+#: What `dhg vm prepare` gives a VM unless told otherwise, and a bare one.
 DEFAULT_MEMORY_MIB = 2048
+DEFAULT_BARE_MEMORY_MIB = 256
 
 
 def home() -> str:
@@ -32,14 +36,21 @@ def cache_dir() -> str:
 
 
 def check_version(version: str) -> str:
-    """`version` itself if it can be the name of a release (letters, digits, `.`, `_`, `+`, `-`; at most 64).
+    """`version` itself if it is `bare` or can be the name of a release (letters, digits, `.`, `_`, `+`, `-`; at most 64).
 
     Raises `UsageError` otherwise: versions become directory names, and `clean` removes directories.
     """
+    if version == BARE:
+        return version
     allowed = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._+-"
     if not version or len(version) > 64 or not version[0].isdigit() or any(c not in allowed for c in version):
         raise UsageError(f"not a version: {version!r}", hint="versions look like 42.7; `dhg vm status` lists them")
     return version
+
+
+def title(version: str) -> str:
+    """What a snapshot of `version` holds, in words."""
+    return "a bare Python" if version == BARE else f"Deephaven {version}"
 
 
 def parse_size_mib(text: str) -> int:

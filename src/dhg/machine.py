@@ -134,12 +134,14 @@ class Machine:
         self.close()
 
 
-def restore(version: str | None = None, *, engine: str = "qemu") -> Machine:
+def restore(version: str | None = None, *, engine: str = "qemu", accel: str | None = None) -> Machine:
     """Start restoring the snapshot of `version` (default: `DHG_VERSION`, then the newest); does not wait for it.
+
+    With `accel` (kvm or tcg) a snapshot that was made under the other is refused.
 
     Raises `SnapshotMissing`, `SnapshotError`, `HostError`.
     """
-    snapshot = store.open_snapshot(version, engine=engine)
+    snapshot = store.open_snapshot(version, engine=engine, accel=accel)
     try:
         return Machine(snapshot)
     finally:

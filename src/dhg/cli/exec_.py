@@ -23,6 +23,7 @@ OPTIONS = [
     Option("-c", "CODE", "the script itself"),
     Option("--vm", None, "run in a microVM of its own, restored from a snapshot"),
     Option("--version", "V", "Deephaven version (default: DHG_VERSION, or the newest snapshot)"),
+    Option("--accel", "kvm|tcg", "refuse a snapshot that was made under the other (default: whichever it was)"),
     Option("--env", "NAME[=VALUE]", "pass an environment variable; may be repeated", repeat=True),
     Option("--timeout", "S", "end the run S seconds after the command began (exit 3)"),
     Option("--rows", "N", "rows of each table that the script leaves (default 10)"),
@@ -135,7 +136,12 @@ class Run:
         if values.flag("vm"):
             if values.text("host"):
                 raise UsageError("--vm and --host exclude each other")
-            return machine.restore(values.text("version"))
+            accel = values.text("accel")
+            if accel not in (None, "kvm", "tcg"):
+                raise UsageError(f"--accel takes kvm or tcg, not {accel!r}")
+            return machine.restore(values.text("version"), accel=accel)
+        if values.flag("accel"):
+            raise UsageError("--accel needs --vm")
         if values.text("version"):
             raise UsageError("--version needs --vm: without it the installed deephaven-server runs, or that of --host")
         if values.text("host"):

@@ -28,8 +28,13 @@ _DEBUG = Option("--debug", None, "show Python tracebacks of dhg's own errors")
 
 PREPARE = [
     Option("--version", "V", f"Deephaven version, or latest (default {config.DEFAULT_DEEPHAVEN})"),
-    Option("--memory", "SIZE", f"the VM's memory (default {config.DEFAULT_MEMORY_MIB >> 10}G)"),
-    Option("--vcpus", "N", "the VM's virtual CPUs (default: 2 with KVM, 1 without)"),
+    Option("--bare", None, "a plain Python without Deephaven: quick to make, to try a host with (--version bare)"),
+    Option(
+        "--memory",
+        "SIZE",
+        f"the VM's memory (default {config.DEFAULT_MEMORY_MIB >> 10}G; bare: {config.DEFAULT_BARE_MEMORY_MIB}M)",
+    ),
+    Option("--vcpus", "N", "the VM's virtual CPUs (default: 2 with KVM, 1 without; bare: 1)"),
     Option("--accel", "auto|kvm|tcg", "auto takes KVM where it boots a stock kernel (default)"),
     Option("--force", None, "make the snapshot anew even if it is there"),
     _DEBUG,
@@ -151,6 +156,11 @@ def prepare(argv: list[str]) -> int:
     values = _parse(argv, PREPARE, "prepare", more)
     if values is None:
         return 0
+    version = values.text("version")
+    if values.flag("bare"):
+        if version not in (None, config.BARE):
+            raise UsageError("--bare and --version exclude each other")
+        version = config.BARE
     memory = values.text("memory")
     vcpus = values.text("vcpus")
     accel = values.text("accel") or "auto"
@@ -161,8 +171,8 @@ def prepare(argv: list[str]) -> int:
     display = Display()
     try:
         path = build.prepare(
-            version=values.text("version"),
-            memory_mib=config.parse_size_mib(memory) if memory else config.DEFAULT_MEMORY_MIB,
+            version=version,
+            memory_mib=config.parse_size_mib(memory) if memory else None,
             vcpus=positive_integer("--vcpus", vcpus) if vcpus else None,
             accel=accel,
             force=values.flag("force"),
@@ -173,9 +183,8 @@ def prepare(argv: list[str]) -> int:
     from ..snapshot import inventory
 
     found = inventory.describe(path)
-    print(
-        f"ready: Deephaven {found['version']}, {found['accel']}, {_mib(found['disk_bytes'])} on disk, {display.elapsed_s:.1f} s"
-    )
+    size = _mib(found["disk_bytes"])
+    print(f"ready: {config.title(found['version'])}, {found['accel']}, {size} on disk, {display.elapsed_s:.1f} s")
     return 0
 
 

@@ -8,6 +8,7 @@ import ctypes
 import json
 import mmap
 import os
+import select
 import tempfile
 import time
 from typing import NamedTuple
@@ -16,8 +17,10 @@ from .. import config, proc
 from ..errors import DhgError, HostError
 from ..files import private_dir
 
-#: A stock kernel takes about a second under KVM. A KVM that cannot boot one costs this long, once per machine.
-PROBE_TIMEOUT_S = 10.0
+#: A stock kernel takes about a second under KVM, far longer where that KVM is itself in an emulated VM. A KVM that cannot boot
+#: one is given up after so long without a word on the guest's console, once per machine.
+PROBE_SILENCE_S = 10.0
+PROBE_TIMEOUT_S = 90.0
 PROBE_TOKEN = "dhg-probe-ok"
 
 
@@ -42,19 +45,6 @@ def qemu_version(qemu: str) -> str:
     text = proc.run([qemu, "--version"], timeout_s=30)
     first = text.splitlines()[0] if text else ""
     return first.removeprefix("QEMU emulator version ").strip()
-
-
-def cpu_model() -> str:
-    """The host's CPU by name, and its flags' number: part of what a KVM snapshot depends on."""
-    model = flags = ""
-    with open("/proc/cpuinfo") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name.strip() == "model name" and not model:
-                model = value.strip()
-            if name.strip() == "flags" and not flags:
-                flags = value
-    return f"{model} ({len(flags.split())} flags)"
 
 
 def tsc_khz() -> int:
@@ -104,14 +94,17 @@ def kvm_device() -> Kvm | None:
 
 
 def probe_argv(qemu: str, kernel: str, initramfs: str) -> list[str]:
-    """The command that boots a kernel under KVM and prints a word."""
+    """The command that boots a kernel under KVM, which talks from its first moment on, and prints a word."""
     argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "microvm,isa-serial=on"]
     argv += ["-accel", "kvm", "-cpu", "host", "-m", "256M", "-serial", "stdio", "-kernel", kernel, "-initrd", initramfs]
-    return [*argv, "-append", "console=ttyS0 quiet panic=-1 reboot=t rdinit=/init"]
+    return [*argv, "-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=t rdinit=/init"]
 
 
 def probe_kvm(qemu: str, kernel: str, initramfs: bytes) -> Kvm:
-    """Boot `kernel` under KVM with an `initramfs` whose init prints PROBE_TOKEN. Takes at most PROBE_TIMEOUT_S."""
+    """Boot `kernel` under KVM with an `initramfs` whose init prints PROBE_TOKEN.
+
+    Takes at most PROBE_SILENCE_S where nothing comes of it, at most PROBE_TIMEOUT_S in any case.
+    """
     closed = kvm_device()
     if closed is not None:
         return closed
@@ -119,14 +112,48 @@ def probe_kvm(qemu: str, kernel: str, initramfs: bytes) -> Kvm:
         with open(f"{folder}/initramfs", "wb") as out:
             out.write(initramfs)
         try:
-            text = proc.run(probe_argv(qemu, kernel, f"{folder}/initramfs"), timeout_s=PROBE_TIMEOUT_S)
+            text, late = _console(probe_argv(qemu, kernel, f"{folder}/initramfs"))
         except DhgError as error:
-            last = (error.detail or "").strip().splitlines()
-            said = last[-1].removeprefix("qemu-system-x86_64: ")[:100] if last else str(error)
-            return Kvm(False, f"no stock kernel boots on it: {said}")
+            return Kvm(False, f"no stock kernel boots on it: {error}")
     if PROBE_TOKEN in text:
         return Kvm(True, "a stock kernel boots on it")
-    return Kvm(False, "no stock kernel boots on it")
+    last = text.strip().splitlines()
+    said = last[-1].removeprefix("qemu-system-x86_64: ")[:100] if last else "it printed nothing"
+    return Kvm(False, f"no stock kernel boots on it: {late}{said}")
+
+
+def _console(argv: list[str]) -> tuple[str, str]:
+    """What a VM that is to end by itself prints, and why it was ended if it was."""
+    deadline = proc.Deadline(PROBE_TIMEOUT_S)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    data = late = b""
+    try:
+        with proc.spawn(argv, fds={1: writer, 2: writer}) as machine:
+            os.close(writer)
+            writer = -1
+            poller = select.poll()
+            poller.register(reader, select.POLLIN)
+            while not late:
+                wait_s = min(PROBE_SILENCE_S, deadline.left())
+                if not poller.poll(wait_s * 1000):
+                    late = (
+                        b"silent for %.0f s, last: " % wait_s
+                        if deadline.left()
+                        else b"not done in %.0f s, last: " % PROBE_TIMEOUT_S
+                    )
+                elif part := os.read(reader, 65536):
+                    data += part
+                else:
+                    break
+            if late:
+                machine.kill()
+            else:
+                machine.wait(deadline.left())
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+    return data.decode("utf-8", "replace"), late.decode()
 
 
 def remembered() -> dict[str, list[object]]:
@@ -142,7 +169,7 @@ def remembered() -> dict[str, list[object]]:
 def probe_key(qemu: str) -> str:
     """What a remembered answer is for: the machine's kernel, CPU and QEMU, and whether we may open /dev/kvm."""
     return "|".join(
-        (os.uname().release, cpu_model(), qemu, qemu_version(qemu), "root" if os.geteuid() == 0 else "user")
+        (os.uname().release, proc.cpu_model(), qemu, qemu_version(qemu), "root" if os.geteuid() == 0 else "user")
     )
 
 

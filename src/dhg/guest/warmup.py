@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import io
 import os
 import sys
@@ -79,7 +80,9 @@ def start_server(log: Callable[[str], None], args: list[str]) -> dict[str, str]:
 
 
 def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
-    """Start the server and run the warm-up scripts; the versions of what runs."""
+    """Start the server, where the image has one, and run the warm-up scripts; the versions of what runs."""
+    if importlib.util.find_spec("deephaven_server") is None:
+        return warm_up_bare(runner, log)
     versions = start_server(log, jvm_args())
     runner.finder = preview.Finder()
     # The exit handlers of the server and of pandas are for the end of this process, not of a script.
@@ -101,6 +104,18 @@ def settle_generators(runner: Any) -> None:
         collect_java()
         runner.jvm.find(runner.cells)
         runner.jvm.check()
+
+
+def warm_up_bare(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
+    """What `warm_up` does, for an image with Python only."""
+    log("a bare Python")
+    script.settle()
+    outcome = script.Script(b"import json, random, tempfile\n", "<warm-up>", [], {"__name__": "__main__"}).run()
+    if outcome.exit_code:
+        raise RuntimeError(f"the warm-up script failed: {outcome.error}")
+    rehearse_failure()
+    gc.collect()
+    return {"python": sys.version.split()[0]}
 
 
 def rehearse(finder: preview.Finder, name: str, source: str) -> None:

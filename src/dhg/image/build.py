@@ -97,6 +97,10 @@ def _debian_argv(target: str, hook: str) -> list[str]:
     return argv
 
 
+def _base_key() -> str:
+    return stage_key(SUITE, *PACKAGES, KERNEL_PACKAGE, *_SLIM, _FETCH_KERNEL)
+
+
 def base_system(log: str) -> str:
     """Stage 1: directory with `root.tar` (Debian with Python and a JRE) and `kernel/` (the kernel package, unpacked)."""
 
@@ -128,7 +132,7 @@ def base_system(log: str) -> str:
         remove_tree(f"{tmp}/unpack")
         os.chmod(tmp, 0o700)
 
-    return cached("base", stage_key(SUITE, *PACKAGES, KERNEL_PACKAGE, *_SLIM, _FETCH_KERNEL), build)
+    return cached("base", _base_key(), build)
 
 
 def resolve_version(version: str) -> str:
@@ -160,29 +164,43 @@ def pip_argv(target: str, version: str) -> list[str]:
     return argv
 
 
+#: What of the base system a bare image leaves out: all that is there for the JVM, for Perl, and for installing packages.
+_NOT_BARE = (
+    "./usr/lib/jvm",
+    "./usr/lib/x86_64-linux-gnu/perl*",
+    "./usr/share/perl*",
+    "./usr/share/fonts",
+    "./usr/share/doc",
+    "./usr/lib/apt",
+    "./var/lib/dpkg",
+    "./var/cache",
+)
+
+
+def _image_key(base: str, version: str) -> str:
+    with open(f"{base}/packages") as file:
+        packages = file.read()
+    parts = _NOT_BARE if version == config.BARE else (GUEST_PYTHON, SITE)
+    return stage_key(version, *parts, os.path.basename(base), packages)
+
+
 def root_image(base: str, version: str, log: str) -> str:
-    """Stage 2: directory with `root.erofs` (base system and Deephaven), `packages.json` (every package in it)."""
+    """Stage 2: directory with `root.erofs` (base system and Deephaven), `packages.json` (every package in it).
+
+    The bare version has a part of the base system and no Deephaven.
+    """
 
     def build(tmp: str) -> None:
         tree = f"{tmp}/tree"
         os.mkdir(tree)
-        proc.run(
-            [
-                "tar",
-                "-xf",
-                f"{base}/root.tar",
-                "-C",
-                tree,
-                "--exclude=./dev/*",
-                "--exclude=./dhg-kernel",
-                "--no-same-owner",
-            ],
-            timeout_s=300,
-            log=log,
-        )
+        bare = version == config.BARE
+        leave_out = ("./dev/*", "./dhg-kernel", *(_NOT_BARE if bare else ()))
+        unpack = ["tar", "-xf", f"{base}/root.tar", "-C", tree, "--no-same-owner"]
+        proc.run(unpack + [f"--exclude={name}" for name in leave_out], timeout_s=300, log=log)
         site = f"{tree}/{SITE}"
         os.makedirs(site, exist_ok=True)
-        proc.run(pip_argv(site, version), timeout_s=1800, log=log, env=_pip_env())
+        if not bare:
+            proc.run(pip_argv(site, version), timeout_s=1800, log=log, env=_pip_env())
         # Compiled by the guest's own Python: the host's may be another version.
         chroot = ["chroot", tree] if os.geteuid() == 0 else ["unshare", "-r", "chroot", tree]
         clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
@@ -199,9 +217,16 @@ def root_image(base: str, version: str, log: str) -> str:
         proc.run(["mkfs.erofs", "-d0", "-T0", "--all-root", f"{tmp}/root.erofs", tree], timeout_s=600, log=log)
         remove_tree(tree)
 
-    with open(f"{base}/packages") as file:
-        key = stage_key(version, GUEST_PYTHON, SITE, os.path.basename(base), file.read())
-    return cached("image", key, build)
+    return cached("image", _image_key(base, version), build)
+
+
+def missing_stages(version: str) -> set[str]:
+    """Which of the stages `base` and `image` of a version are not in the cache."""
+    base = f"{config.cache_dir()}/base/{_base_key()}"
+    if not os.path.isdir(base):
+        return {"base", "image"}
+    image = f"{config.cache_dir()}/image/{_image_key(base, version)}"
+    return set() if os.path.isdir(image) else {"image"}
 
 
 def _guest_packages(base: str, site: str) -> dict[str, dict[str, str]]:

@@ -33,17 +33,16 @@ DEFAULT_VCPUS = {"kvm": 2, "tcg": 1}
 #: Called with a stage's name when it starts, and with more about it while it lasts.
 Progress = Callable[[str, str], None]
 
-PROGRAMS = {
-    "mmdebstrap": "mmdebstrap",
-    "mkfs.erofs": "erofs-utils",
-    "tar": "tar",
-    "dpkg-deb": "dpkg",
-}
+#: The programs that a stage is built with, and the packages that have them.
+PROGRAMS = {"base": ("mmdebstrap", "tar", "dpkg-deb"), "image": ("mkfs.erofs", "tar")}
+PACKAGES = {"mmdebstrap": "mmdebstrap", "mkfs.erofs": "erofs-utils", "tar": "tar", "dpkg-deb": "dpkg"}
 
 
-def check_host(memory_mib: int) -> None:
+def check_host(version: str, memory_mib: int) -> None:
     """What `prepare` needs is there: programs, disk, memory. Raises `HostError` that says what to install or free."""
-    missing = [package for program, package in PROGRAMS.items() if proc.find_program(program) is None]
+    to_build = image.missing_stages(version)
+    programs = {program for stage in to_build for program in PROGRAMS[stage]}
+    missing = sorted(PACKAGES[program] for program in programs if proc.find_program(program) is None)
     if missing:
         raise HostError(
             f"missing programs; packages: {', '.join(missing)}", hint=f"apt-get install {' '.join(missing)}"
@@ -51,10 +50,11 @@ def check_host(memory_mib: int) -> None:
     probe.qemu_path()
     root = private_dir(config.home())
     free = shutil.disk_usage(root).free
-    needed = 5 * 1024**3
-    if free < needed:
+    disk_mib = {"base": 1024, "image": 512 if version == config.BARE else 1792}
+    needed_mib = memory_mib + 256 + sum(disk_mib[stage] for stage in to_build)
+    if free >> 20 < needed_mib:
         raise HostError(
-            f"{free >> 20} MiB free in {root}; a first prepare takes {needed >> 20}", hint="free some, or set DHG_HOME"
+            f"{free >> 20} MiB free in {root}; this prepare takes {needed_mib}", hint="free some, or set DHG_HOME"
         )
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) >> 10 for line in file if line.startswith("MemAvailable:"))
@@ -80,7 +80,7 @@ def pick_acceleration(asked: str, base: str) -> tuple[str, str]:
 def prepare(
     *,
     version: str | None,
-    memory_mib: int = config.DEFAULT_MEMORY_MIB,
+    memory_mib: int | None = None,
     vcpus: int | None = None,
     accel: str = "auto",
     force: bool = False,
@@ -88,12 +88,15 @@ def prepare(
 ) -> str:
     """Make the snapshot of a Deephaven version unless one of the same inputs is there; the generation's path.
 
-    `version` is a release, `latest`, or None for the one this dhg was tested with. After a failure nothing but the caches of
-    the stages that succeeded remains; an older snapshot stays in place.
+    `version` is a release, `latest`, `bare`, or None for the release that this dhg was tested with; `memory_mib` and `vcpus` have
+    defaults that depend on it and on the acceleration. After a failure nothing but the caches of the stages that succeeded
+    remains; an older snapshot stays in place.
     """
     progress("check", "programs, disk, memory")
-    check_host(memory_mib)
     version = image.resolve_version(version or config.DEFAULT_DEEPHAVEN)
+    bare = version == config.BARE
+    memory_mib = memory_mib or (config.DEFAULT_BARE_MEMORY_MIB if bare else config.DEFAULT_MEMORY_MIB)
+    check_host(version, memory_mib)
     log = f"{private_dir(config.home() + '/log')}/prepare-{version}.log"
     with open(log, "w"):
         pass
@@ -112,12 +115,13 @@ def _prepare(
 ) -> str:
     progress("base system", "Debian, a JRE, the kernel")
     base = image.base_system(log)
-    progress("root image", f"Deephaven {version}")
-    root = image.root_image(base, version, log)
+    # Before the root image, which takes minutes the first time: --accel kvm in vain should end early.
     progress("acceleration", "")
     accel, reason = pick_acceleration(accel, base)
     progress("acceleration", f"{accel} ({reason})")
-    vcpus = vcpus or DEFAULT_VCPUS[accel]
+    progress("root image", config.title(version))
+    root = image.root_image(base, version, log)
+    vcpus = vcpus or (1 if version == config.BARE else DEFAULT_VCPUS[accel])
     initramfs, runner = image.initramfs(base)
     binary = probe.qemu_path()
     folder = private_dir(f"{config.snapshots_dir()}/{version}")
@@ -134,7 +138,7 @@ def _prepare(
         "initramfs": hashlib.sha256(initramfs).hexdigest(),
         "runner": runner,
         "image": os.path.basename(root),
-        "host_cpu": probe.cpu_model() if accel == "kvm" else "",
+        "host_cpu": proc.cpu_model() if accel == "kvm" else "",
     }
     with locked(f"{folder}/.prepare-lock"):
         link = f"{folder}/qemu"
@@ -215,6 +219,8 @@ def _fill(
         with qemu.boot(spec, ram, console=console) as vm:
             qmp.prepare_freeze(vm, state)
             versions = _wait_hello(vm, progress)
+            if version != config.BARE and "deephaven" not in versions:
+                raise SnapshotError(f"the guest is up without Deephaven; it names {versions}")
             qmp.freeze(vm, state)
     except DhgError as error:
         with open(f"{tmp}/console.log", errors="replace") as file:

@@ -8,7 +8,7 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from .. import config
+from .. import config, proc
 from ..engine import probe
 from ..errors import DhgError, SnapshotError, SnapshotMissing
 from ..files import remove_tree, try_lock
@@ -141,7 +141,7 @@ def survey() -> dict[str, Any]:
     return {
         "home": config.home(),
         "host": {
-            "cpu": probe.cpu_model(),
+            "cpu": proc.cpu_model(),
             "cpus": len(os.sched_getaffinity(0)),
             "memory_mib": memory["MemTotal"],
             "available_mib": memory["MemAvailable"],
@@ -254,7 +254,7 @@ def clean(*, version: str | None = None, everything: bool = False) -> Cleaned:
     root = config.snapshots_dir()
     if version is not None:
         if not os.path.isdir(f"{root}/{version}"):
-            raise SnapshotMissing(f"there is no snapshot of Deephaven {version}", hint="`dhg vm status` lists them")
+            raise SnapshotMissing(f"there is no snapshot of {config.title(version)}", hint="`dhg vm status` lists them")
         _clean_version(f"{root}/{version}", result, snapshots=True)
         return result
     try:

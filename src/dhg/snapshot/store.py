@@ -19,7 +19,7 @@ import fcntl
 import os
 import time
 
-from .. import config
+from .. import config, proc
 from ..errors import SnapshotError, SnapshotMissing
 from ..wire import frames
 
@@ -36,6 +36,7 @@ L_ACCEL = 4
 L_VERSION = 5
 L_ENGINE = 6
 L_MEMORY_MIB = 8
+L_CPU = 9  # the CPU of the host that made it, where the guest sees that CPU (KVM)
 L_BASE_NS = 7  # the guest's monotonic clock at the moment of a resume
 
 
@@ -73,9 +74,10 @@ class Snapshot:
         return self.path + "/state"
 
 
-def prepare_hint(version: str | None = None) -> str:
+def prepare_hint(version: str | None = None, accel: str | None = None) -> str:
     """The command that makes a snapshot."""
-    return "run `dhg vm prepare" + (f" --version {version}" if version else "") + "`"
+    more = (f" --version {version}" if version else "") + (f" --accel {accel}" if accel else "")
+    return f"run `dhg vm prepare{more}`"
 
 
 def versions() -> list[str]:
@@ -100,18 +102,25 @@ def versions() -> list[str]:
 
 
 def resolve_version(version: str | None) -> str:
-    """The version to use: `version`, `DHG_VERSION`, or that of the newest snapshot. Raises `SnapshotMissing`."""
+    """The version to use: `version`, `DHG_VERSION`, or the newest snapshot's. Raises `SnapshotMissing`.
+
+    The bare snapshot is only taken where it is asked for.
+    """
     version = version or os.environ.get("DHG_VERSION")
     if version:
         return config.check_version(version)
     found = versions()
+    if found[:1] == [config.BARE]:
+        del found[0]
     if not found:
-        raise SnapshotMissing("there is no snapshot yet", hint=prepare_hint())
+        raise SnapshotMissing("there is no snapshot of Deephaven yet", hint=prepare_hint())
     return found[0]
 
 
-def open_snapshot(version: str | None = None, *, engine: str = "qemu") -> Snapshot:
+def open_snapshot(version: str | None = None, *, engine: str = "qemu", accel: str | None = None) -> Snapshot:
     """Look a snapshot up, check that it fits, and lock it against removal.
+
+    A snapshot runs under the acceleration that it was made with; one made with another than `accel`, if given, is refused.
 
     Raises `SnapshotMissing` if there is none of that version, `SnapshotError` if it is damaged or does not fit this host.
     """
@@ -123,18 +132,27 @@ def open_snapshot(version: str | None = None, *, engine: str = "qemu") -> Snapsh
         try:
             before, name = name, os.readlink(link)
         except OSError:
-            raise SnapshotMissing(f"there is no snapshot of Deephaven {version}", hint=prepare_hint(version)) from None
+            raise SnapshotMissing(
+                f"there is no snapshot of {config.title(version)}", hint=prepare_hint(version)
+            ) from None
         path = f"{os.path.dirname(link)}/{name}"
         lock = -1
         try:
             lock = _lock(path + "/lock")
-            return read(path, version, engine, lock)
+            snapshot = read(path, version, engine, lock)
+            if accel not in (None, snapshot.accel):
+                raise SnapshotError(
+                    f"the snapshot of {config.title(version)} was made under {snapshot.accel.upper()}"
+                    f" and does not run under {accel.upper()}",
+                    hint=prepare_hint(version, accel) + ", or leave --accel out",
+                )
+            return snapshot
         except FileNotFoundError as error:
             if lock >= 0:
                 os.close(lock)
             if name == before:
                 raise SnapshotError(
-                    f"the snapshot of Deephaven {version} is damaged: there is no {error.filename}",
+                    f"the snapshot of {config.title(version)} is damaged: there is no {error.filename}",
                     hint=prepare_hint(version) + " to make it anew",
                 ) from None
         except BaseException:
@@ -158,7 +176,7 @@ def _lock(path: str) -> int:
 
 def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
     """The snapshot in the directory `path`, checked. Raises `SnapshotError`, `FileNotFoundError`."""
-    damaged = f"the snapshot of Deephaven {version} is damaged"
+    damaged = f"the snapshot of {config.title(version)} is damaged"
     hint = prepare_hint(version) + " to make it anew"
     fd = os.open(path + "/launch", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -180,11 +198,28 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
             if seen != (int(size), int(mtime_ns)):
                 what = "is gone" if seen is None else "has changed since"
                 raise SnapshotError(
-                    f"the snapshot of Deephaven {version} does not fit: {os.fsdecode(name)} {what}", hint=hint
+                    f"the snapshot of {config.title(version)} does not fit: {os.fsdecode(name)} {what}", hint=hint
                 )
+        if accel == "kvm":
+            _check_kvm(version, frames.text(found[L_CPU][0]))
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
     return Snapshot(path, version, engine, accel, argv, lock, memory_mib=memory_mib, base_ns=base_ns)
+
+
+def _check_kvm(version: str, cpu: str) -> None:
+    """A snapshot that was made under KVM needs it, and the CPU that its guest saw. Raises `SnapshotError`."""
+    here = proc.cpu_model()
+    if not os.path.exists("/dev/kvm"):
+        problem = "and there is no /dev/kvm"
+    elif not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        problem = "and /dev/kvm cannot be opened"
+    elif cpu != here:
+        problem = f"not on this CPU: {cpu} there, {here} here"
+    else:
+        return
+    hint = prepare_hint(version) + " to make one for this host"
+    raise SnapshotError(f"the snapshot of {config.title(version)} was made under KVM, {problem}", hint=hint)
 
 
 def stat_check(path: str) -> tuple[int, int] | None:
@@ -213,4 +248,6 @@ def launch_bytes(
     for path, later in [(path, path) for path in checked] + own:
         found = os.stat(path)
         data += frames.field(L_CHECK, b"%d %d %s" % (found.st_size, found.st_mtime_ns, os.fsencode(later)))
+    if accel == "kvm":
+        data += frames.field(L_CPU, proc.cpu_model())
     return data + frames.field(L_ACCEL, accel) + frames.field(L_VERSION, version) + frames.field(L_ENGINE, engine)

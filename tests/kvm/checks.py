@@ -1,0 +1,228 @@
+"""What runs inside the L1 guest: the public commands, under KVM. Stand-alone: standard library only.
+
+Usage: l1-checks.py PORT ENGINE[,ENGINE...] VERSION. Reports to PORT, one JSON object a line: `beat` every few seconds, `begin` and
+`end` of each check, `done`. The checks build on one another: the first that fails is the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+#: A command that takes longer hangs. KVM under emulation is a hundred times slower than KVM.
+COMMAND_S = 240.0
+BEAT_S = 5.0
+
+
+class Port:
+    """The channel to the host."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_WRONLY)
+        self._lock = threading.Lock()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def say(self, kind: str, **more: object) -> None:
+        """Send one report."""
+        data = json.dumps({"kind": kind, "at": round(time.monotonic(), 1), **more}).encode() + b"\n"
+        with self._lock:
+            while data:
+                data = data[os.write(self._fd, data) :]
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            self.say("beat")
+
+
+class Failed(Exception):
+    """A check found something else than it should."""
+
+
+class Done:
+    """How a command ended."""
+
+    def __init__(self, argv: list[str], code: int, out: str, err: str) -> None:
+        self.argv, self.code, self.out, self.err = argv, code, out, err
+
+    def must(self, code: int, out: str | None = None, *, err: str | None = None) -> Done:
+        """It ended with `code`, printed `out`, and something on stderr that matches `err`. Raises `Failed`."""
+        if self.code == code and (out is None or self.out == out) and (err is None or re.search(err, self.err, re.S)):
+            return self
+        raise Failed(
+            f"{' '.join(self.argv)}\nexit code {self.code} (must be {code})\nstdout {self.out[-1500:]!r}"
+            f" (must be {out!r})\nstderr (must match {err!r}):\n{self.err[-3000:]}"
+        )
+
+
+def dhg(*args: str, timeout_s: float = COMMAND_S) -> Done:
+    """Run the command as a user does."""
+    argv = ["dhg", *args]
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as late:
+        raise Failed(f"{' '.join(argv)}: no end after {timeout_s:g} s; {late.stdout!r} {late.stderr!r}") from None
+    return Done(argv, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def vmms() -> list[str]:
+    """The command lines of the VMMs that run."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    program = file.read().split(b"\0")[0]
+            except OSError:
+                continue
+            # A zombie's is empty.
+            if b"qemu-system" in program or b"firecracker" in program:
+                found.append(f"{name} {program.decode()}")
+    return found
+
+
+def none_left(within_s: float) -> None:
+    """No VMM is left after at most `within_s` seconds. Raises `Failed`."""
+    until = time.monotonic() + within_s
+    while left := vmms():
+        if time.monotonic() > until:
+            raise Failed(f"left: {left}")
+        time.sleep(0.2)
+
+
+class Checks:
+    """The checks of one engine and one version, in order."""
+
+    def __init__(self, engine: str, version: str) -> None:
+        self.version = version
+        self.bare = version == "bare"
+        # The engine is only named where it is not the default.
+        self.engine = [] if engine == "qemu" else ["--engine", engine]
+        self.name = engine
+        self.in_vm = ["--vm", *self.engine, "--version", version]
+
+    def all(self) -> list[Callable[[], object]]:
+        """The checks."""
+        return [
+            self.prepare,
+            self.kvm_is_usable,
+            self.five_runs,
+            self.clones_differ,
+            self.kill_9_leaves_nothing,
+            self.refused_under_tcg,
+            self.refused_without_the_device,
+            self.clean,
+        ]
+
+    def prepare(self) -> str:
+        """The snapshot is made, under KVM."""
+        args = ["--version", self.version, "--accel", "kvm", *self.engine]
+        done = dhg("vm", "prepare", *args, timeout_s=900.0).must(0)
+        if "kvm" not in done.out:
+            raise Failed(f"prepare says {done.out!r}")
+        return done.err + done.out
+
+    def kvm_is_usable(self) -> str:
+        """doctor and status say that KVM works here, and that the snapshot fits."""
+        found = json.loads(dhg("doctor", "--json").out)["findings"]
+        kvm = next(item for item in found if item["name"] == "kvm")
+        status: dict[str, Any] = json.loads(dhg("vm", "status", "--json").must(0).out)
+        mine = [item for item in status["snapshots"] if (item["version"], item["engine"]) == (self.version, self.name)]
+        if kvm["level"] != "ok" or not status["host"]["kvm"]["usable"] or len(mine) != 1:
+            raise Failed(json.dumps([kvm, status], indent=1))
+        if mine[0]["accel"] != "kvm" or not mine[0]["fits"]:
+            raise Failed(json.dumps(mine))
+        return str(kvm["text"])
+
+    def five_runs(self) -> str:
+        """Five restores, each with an answer and an exit code of its own."""
+        times = []
+        for number in range(5):
+            began = time.monotonic()
+            code = f"import sys; print({number} * 7); sys.exit({number})"
+            dhg("exec", *self.in_vm, "-c", code).must(number, f"{number * 7}\n")
+            times.append(f"{time.monotonic() - began:.1f} s")
+        none_left(10)
+        return ", ".join(times)
+
+    def clones_differ(self) -> str:
+        """`dhg vm verify`: two clones differ where they must, agree where they must."""
+        return dhg("vm", "verify", *self.engine, "--version", self.version, "--restores", "2").must(0).out
+
+    def kill_9_leaves_nothing(self) -> None:
+        """A client that is killed takes its VM along and leaves nothing for doctor to find."""
+        code = "print('up', flush=True); import time; time.sleep(3600)"
+        with subprocess.Popen(["dhg", "exec", *self.in_vm, "-c", code], stdout=subprocess.PIPE) as client:
+            assert client.stdout is not None
+            line = client.stdout.readline()
+            running = vmms()
+            client.send_signal(signal.SIGKILL)
+            client.wait()
+        if line != b"up\n" or len(running) != 1:
+            raise Failed(f"the script said {line!r}; running: {running}")
+        none_left(10)
+        left = [item for item in json.loads(dhg("doctor", "--json").out)["findings"] if item["name"] == "leftovers"]
+        if [item["text"] for item in left] != ["none"]:
+            raise Failed(json.dumps(left))
+
+    def refused_under_tcg(self) -> str:
+        """What was made under KVM does not run under TCG, and the error names the command that mends it."""
+        done = dhg("exec", *self.in_vm, "--accel", "tcg", "-c", "pass")
+        return done.must(2, "", err=r"made under KVM.*hint: .*dhg vm prepare.*--accel tcg").err
+
+    def refused_without_the_device(self) -> str:
+        """Where /dev/kvm is gone the same holds."""
+        os.rename("/dev/kvm", "/dev/kvm-away")
+        try:
+            done = dhg("exec", *self.in_vm, "-c", "pass")
+        finally:
+            os.rename("/dev/kvm-away", "/dev/kvm")
+        return done.must(2, "", err=r"/dev/kvm.*hint: .*dhg vm prepare").err
+
+    def clean(self) -> None:
+        """Nothing of the snapshot is left."""
+        dhg("vm", "clean", "--version", self.version).must(0)
+        dhg("exec", *self.in_vm, "-c", "pass").must(4, "")
+        if os.path.exists(f"/root/.dhg/snapshots/{self.version}"):
+            raise Failed(str(os.listdir(f"/root/.dhg/snapshots/{self.version}")))
+
+
+def main() -> None:
+    """Run the checks."""
+    port = Port(sys.argv[1])
+    engines, version = sys.argv[2].split(","), sys.argv[3]
+    os.makedirs("/root/.dhg/cache", mode=0o700)
+    for stage in ("base", "image"):
+        os.symlink(f"/cache/{stage}", f"/root/.dhg/cache/{stage}")
+    with open("/proc/cpuinfo") as file:
+        cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    port.say(
+        "up",
+        text=f"Linux {os.uname().release}, {cpu}, /dev/kvm {'is' if os.path.exists('/dev/kvm') else 'is not'} there",
+    )
+    good = True
+    for engine in engines:
+        for check in Checks(engine, version).all():
+            name = f"{engine}: {check.__name__.replace('_', ' ')}"
+            port.say("begin", name=name)
+            began = time.monotonic()
+            try:
+                text, good = str(check() or ""), True
+            except Exception as error:
+                text, good = str(error) if isinstance(error, Failed) else repr(error), False
+            port.say("end", name=name, ok=good, text=text, s=round(time.monotonic() - began, 1))
+            if not good:
+                break
+    port.say("done")
+
+
+if __name__ == "__main__":
+    main()
