@@ -146,7 +146,7 @@ class Remote:
             raise OutcomeUnknown("the server did not run it to its end", hint=hint, detail=_causes(error)) from error
         try:
             out, err, answer = (base64.b64decode(part, validate=True) for part in parts[:3])
-            result = client.Result(frames.fields(answer))
+            result = client.Result(answer)
             self.version = str(parts[3])
         except (ValueError, KeyError, IndexError, frames.FrameError) as error:
             raise ProtocolError(f"the server sent no valid answer: {error}") from error

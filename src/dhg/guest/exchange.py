@@ -18,18 +18,18 @@ class Request:
     __slots__ = ("args", "base_ns", "end_mark", "entropy", "environ", "filename", "flags", "rows", "source", "time_ns")
 
     def __init__(self, payload: bytes) -> None:
-        found = frames.fields(payload)
-        self.source = found[frames.F_SOURCE][0]
-        self.filename = frames.text(found[frames.F_FILENAME][0])
-        self.args = [frames.text(value) for value in found.get(frames.F_ARG, ())]
-        self.environ = [frames.text(value) for value in found.get(frames.F_ENV, ())]
-        self.time_ns = frames.integer(found[frames.F_TIME_NS][0])
-        base = found.get(frames.F_BASE_NS)
-        self.base_ns = frames.integer(base[0]) if base else None
-        self.entropy = found[frames.F_ENTROPY][0]
-        self.end_mark = found[frames.F_END_MARK][0]
-        self.flags = frames.integer(found[frames.F_FLAGS][0])
-        self.rows = frames.integer(found[frames.F_ROWS][0])
+        head = frames.REQUEST_HEAD
+        self.time_ns, self.base_ns, self.flags, self.rows, source, name, self.entropy, self.end_mark = head.unpack_from(
+            payload
+        )
+        at = head.size
+        self.source = payload[at : at + source]
+        self.filename = frames.text(payload[at + source : at + source + name])
+        at += source + name
+        # Most requests have none.
+        found = frames.fields(payload[at:]) if len(payload) > at else {}
+        self.args = [frames.text(value) for value in found[frames.F_ARG]] if frames.F_ARG in found else []
+        self.environ = [frames.text(value) for value in found[frames.F_ENV]] if frames.F_ENV in found else []
 
 
 def set_environ(request: Request) -> None:
@@ -56,10 +56,8 @@ def show_tables(
 
 
 def result(outcome: script.Outcome, tables: list[str], times: tuple[int, int, int]) -> bytes:
-    """The RESULT frame; `times` are F_WOKEN_NS, F_READY_NS and F_SCRIPT_NS. Tables that do not fit are left out."""
-    payload = frames.field(frames.F_EXIT, outcome.exit_code)
-    for key, value in zip((frames.F_WOKEN_NS, frames.F_READY_NS, frames.F_SCRIPT_NS), times, strict=True):
-        payload += frames.field(key, value)
+    """The RESULT frame; `times` are those of its head. Tables that do not fit are left out."""
+    payload = frames.RESULT_HEAD.pack(outcome.exit_code, *times)
     if outcome.result_repr is not None:
         payload += frames.field(frames.F_REPR, outcome.result_repr)
     if outcome.error is not None:

@@ -15,18 +15,21 @@ import fcntl
 import gc
 import mmap
 import os
+import select
 import signal
 import struct
 import sys
 import threading
 import time
 import types
+from _signal import signal as _set_handler
 from typing import Any
 
 from ..wire import frames
 from . import exchange, preview, reseed, script, stdio
 
 RUN_DIR = "/run/dhg"
+REHEARSALS = 20
 
 # linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
 RNDADDENTROPY = 0x40085203
@@ -34,6 +37,8 @@ RNDRESEEDCRNG = 0x5207
 _POOL_INFO = struct.Struct("ii")
 # linux/fcntl.h, missing in the module: F_SETOWN_EX and its F_OWNER_TID.
 F_SETOWN_EX = 15
+# Those of `signal` are enums, and its functions make enums of what they return.
+SIGIO, SIG_IGN = 29, 1
 F_OWNER_TID = 0
 
 
@@ -78,7 +83,6 @@ class Runner:
         self.jvm: reseed.Jvm | None = None
         #: The channel of the script's stdin; /dev/null takes its place where the request brings none.
         self.stdin = 0
-        self._async = fcntl.fcntl(control, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK
         if clone:
             self._urandom = os.open("/dev/urandom", os.O_RDWR)
             self._machine_id = map_machine_id()
@@ -93,7 +97,7 @@ class Runner:
     def wake(self, request: exchange.Request) -> None:
         """Make this clone true and unlike every other: clock, kernel RNG, names, the PRNGs of Python, NumPy, the JVM."""
         now = request.time_ns
-        if request.base_ns is not None:
+        if request.base_ns:
             # Both clocks ran on since the resume, at the same pace: how long the request took does not matter.
             now += time.monotonic_ns() - request.base_ns
         time.clock_settime_ns(time.CLOCK_REALTIME, now)
@@ -110,18 +114,18 @@ class Runner:
 
         By signal and not by a thread that reads: it costs nothing until it happens, and ends a system call that blocks.
         """
-        signal.signal(signal.SIGIO, self._interrupted)
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
         fcntl.fcntl(self.control, F_SETOWN_EX, struct.pack("ii", F_OWNER_TID, threading.get_native_id()))
+        fcntl.fcntl(self.control, fcntl.F_SETFL, fcntl.fcntl(self.control, fcntl.F_GETFL) | os.O_ASYNC)
 
     def watch_for_interrupt(self) -> None:
         """From now on an INTERRUPT interrupts the thread that called `prepare_interrupt`."""
-        fcntl.fcntl(self.control, fcntl.F_SETFL, self._async)
+        _set_handler(SIGIO, self._interrupted)
 
     def _interrupted(self, *_: object) -> None:
-        try:
-            data = os.read(self.control, 4096)
-        except OSError:
+        if not select.select([self.control], [], [], 0)[0]:
             return
+        data = os.read(self.control, 4096)
         # The host says it more than once, see NUDGE_S there; a script is interrupted once.
         if self.interrupted or len(data) < frames.HEAD_SIZE:
             return
@@ -140,6 +144,29 @@ class Runner:
         out = sys.stdout
         outcome = script.Script(request.source, request.filename, request.args, self.names).run()
         return outcome, exchange.show_tables(request, outcome, self.finder, self.names, out)
+
+    def rehearse(self) -> None:
+        """Go the way of a request some times, with output and clock as they would be in a clone.
+
+        After it all code on that way is in memory, and specialized by the interpreter (PEP 659), which it does after eight calls.
+        """
+        out, err, null = os.dup(1), os.dup(2), os.open("/dev/null", os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        try:
+            for _ in range(REHEARSALS):
+                request = exchange.Request(rehearsal())
+                self.wake(request)
+                outcome, tables = self.run(request)
+                if outcome.exit_code:
+                    raise RuntimeError(f"the rehearsal failed: {outcome.error}")
+                exchange.result(outcome, tables, (0, 0, 0))
+                self.own_main()
+        finally:
+            for fd, number in ((out, 1), (err, 2)):
+                os.dup2(fd, number, inheritable=True)
+                os.close(fd)
+            os.close(null)
 
     def serve(self) -> None:
         """Wait for the request, run it, report. Returns when the result is with the host."""
@@ -163,13 +190,21 @@ class Runner:
         released = time.monotonic_ns()
         outcome, tables = self.run(request)
         # A second Ctrl+C must not cut the report short.
-        signal.signal(signal.SIGIO, signal.SIG_IGN)
-        os.set_blocking(self.control, True)
+        _set_handler(SIGIO, SIG_IGN)
         stdio.write_all(1, request.end_mark)
         stdio.write_all(2, request.end_mark)
         done = time.monotonic_ns()
-        times = (woken - (request.base_ns or woken), released - woken, done - released)
+        times = (woken - request.base_ns if request.base_ns else 0, released - woken, done - released)
         stdio.write_all(self.control, exchange.result(outcome, tables, times))
+
+
+def rehearsal() -> bytes:
+    """The payload of a request that prints a line, as the host makes it."""
+    source, name = b"print('rehearsal')", b"<string>"
+    flags = frames.FLAG_TABLES | frames.FLAG_TABLE_META
+    times = time.time_ns(), time.monotonic_ns()
+    head = frames.REQUEST_HEAD.pack(*times, flags, 10, len(source), len(name), os.urandom(64), os.urandom(16))
+    return head + source + name
 
 
 def log(control: int, text: str) -> None:
@@ -201,6 +236,7 @@ def main_vm() -> None:
     )
     runner.prepare_interrupt()
     script.settle()
+    runner.rehearse()
     gc.collect()
     gc.freeze()
     with open(f"{RUN_DIR}/frozen", "w"):

@@ -5,6 +5,7 @@ Guest code: standard library only. The traceback a user sees begins in the user'
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import linecache
 import os
@@ -63,7 +64,7 @@ class Script:
         if not self.source.strip():
             return
         # One expression and nothing else: its value is shown. A statement fails here before anything has run.
-        code = self._as_expression()
+        code = None if self.source.split(None, 1)[0] in _STATEMENTS else self._as_expression()
         if code is None:
             exec(compile(self.source, self.filename, "exec", dont_inherit=True), self.names)
             return
@@ -85,10 +86,11 @@ class Script:
 
     def _wind_up(self) -> None:
         # As the interpreter does at its end: first the threads, then the exit handlers.
-        current = threading.current_thread()
-        for thread in threading.enumerate():
-            if thread is not current and not thread.daemon and thread not in _OURS:
-                thread.join()
+        if _thread._count() != _threads_before:
+            current = threading.current_thread()
+            for thread in threading.enumerate():
+                if thread is not current and not thread.daemon and thread not in _OURS:
+                    thread.join()
         atexit._run_exitfuncs()
 
     def _guard(self, step: Any) -> None:
@@ -140,13 +142,19 @@ class Script:
             os.write(2, text.encode("utf-8", "backslashreplace"))
 
 
+#: What no expression begins with. A look at it spares most scripts of several lines being compiled twice.
+_STATEMENTS = frozenset(b"import from def class for while with try async if".split())
+
 #: Threads that were there before the script.
 _OURS: set[threading.Thread] = set()
+_threads_before = -1
 
 
 def settle() -> None:
     """Call once, when everything that is not the script's is up: what is there now is not waited for and not run again."""
+    global _threads_before
     _OURS.update(threading.enumerate())
+    _threads_before = _thread._count()
     atexit._clear()
     # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -59,16 +59,21 @@ class Request:
 
 class Result:
     """How a script ended: its exit code, the times in ns (resume to wake-up, to the release of the script, to its end), and the
-    other fields of RESULT as they came."""
+    fields of RESULT as they came. Raises `FrameError` for a payload that is none."""
 
     __slots__ = ("_fields", "exit_code", "ready_ns", "script_ns", "woken_ns")
 
-    def __init__(self, fields: dict[int, list[bytes]]) -> None:
-        self._fields = fields
-        self.exit_code = frames.integer(fields[frames.F_EXIT][0])
-        self.woken_ns = frames.integer(fields[frames.F_WOKEN_NS][0])
-        self.ready_ns = frames.integer(fields[frames.F_READY_NS][0])
-        self.script_ns = frames.integer(fields[frames.F_SCRIPT_NS][0])
+    def __init__(self, payload: bytes) -> None:
+        if len(payload) < frames.RESULT_HEAD.size:
+            raise frames.FrameError(f"a result of {len(payload)} bytes")
+        self.exit_code: int
+        self.woken_ns: int
+        self.ready_ns: int
+        self.script_ns: int
+        self.exit_code, self.woken_ns, self.ready_ns, self.script_ns = frames.RESULT_HEAD.unpack_from(payload)
+        if not 0 <= self.exit_code <= 255:
+            raise frames.FrameError(f"exit code {self.exit_code}")
+        self._fields = frames.fields(payload[frames.RESULT_HEAD.size :])
 
     def texts(self, key: int) -> list[str]:
         """The texts of a field, lone surrogates replaced: what the guest says is for people and for JSON."""
@@ -91,19 +96,20 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
 
     Raises `UsageError` for a script that is larger than a frame may be.
     """
-    field = frames.field
-    parts = [field(frames.F_SOURCE, request.source), field(frames.F_FILENAME, request.filename)]
-    parts += [field(frames.F_ARG, arg) for arg in request.args]
-    parts += [field(frames.F_ENV, item) for item in request.environ]
-    parts += [
-        field(frames.F_ENTROPY, os.urandom(64)),
-        field(frames.F_END_MARK, end_mark),
-        field(frames.F_FLAGS, request.flags | (frames.FLAG_STDIN if request.stdin else 0)),
-        field(frames.F_ROWS, request.rows),
-        field(frames.F_TIME_NS, clock.resumed_ns if clock else time.time_ns()),
-    ]
-    if clock:
-        parts.append(field(frames.F_BASE_NS, clock.base_ns))
+    name = request.filename.encode("utf-8", "surrogateescape")
+    head = frames.REQUEST_HEAD.pack(
+        clock.resumed_ns if clock else time.time_ns(),
+        clock.base_ns if clock else 0,
+        request.flags | (frames.FLAG_STDIN if request.stdin else 0),
+        request.rows,
+        len(request.source),
+        len(name),
+        os.urandom(64),
+        end_mark,
+    )
+    parts = [head, request.source, name]
+    parts += [frames.field(frames.F_ARG, arg) for arg in request.args]
+    parts += [frames.field(frames.F_ENV, item) for item in request.environ]
     try:
         return frames.frame(frames.REQUEST, b"".join(parts))
     except frames.FrameError as error:
@@ -284,9 +290,9 @@ class Session:
             return None
         try:
             for kind, payload in self._decoder.feed(data):
-                found = frames.fields(payload)
                 if kind == frames.RESULT:
-                    return Result(found)
+                    return Result(payload)
+                found = frames.fields(payload)
                 if kind == frames.REFUSED:
                     why = frames.text(found[frames.F_TEXT][0])
                     raise MachineError(f"the VM could not be made ready: {why}", hint="the script did not run")

@@ -16,6 +16,19 @@ The payload of most frames is a list of fields:
     4       4      length of the value, unsigned little-endian
     8       ...    value: bytes; text is UTF-8 (surrogateescape), numbers are signed 64-bit little-endian
 
+The payloads of REQUEST and RESULT begin with a head of their own, and the list follows it:
+
+    REQUEST  8   host's wall clock in ns          RESULT  8  exit code
+             8   guest's monotonic clock in ns at         8  ns from that moment to the wake-up of the runner
+                 that moment; 0: when this was sent       8  ns from there to the release of the script
+             8   flags, see below                         8  ns from there to its end
+             8   rows of a table preview
+             4   length of the source
+             4   length of the file's name
+             64  entropy
+             16  end mark: closes stdout and stderr
+             ... source, name of the file
+
 Only control travels in frames. The script's stdin, stdout and stderr have a channel of their own each, and
 carry nothing but the script's bytes (and, at the end of stdout and stderr, the end mark of the request).
 
@@ -35,6 +48,8 @@ MAX_PAYLOAD = 64 * 1024 * 1024
 _HEAD = Struct("<B3xI")
 _INT = Struct("<q")
 HEAD_SIZE = _HEAD.size
+REQUEST_HEAD = Struct("<qqqqII64s16s")
+RESULT_HEAD = Struct("<qqqq")
 
 # Kinds, guest to host.
 HELLO = 1  # the runner is up, warm, and waits for a request
@@ -59,30 +74,23 @@ F_VERSIONS = 2  # "name=version", one a field
 # Fields of LOG.
 F_TEXT = 8
 
-# Fields of REQUEST (F_BASE_NS of CLOCK, too).
-F_SOURCE = 16
-F_FILENAME = 17
+# Field of CLOCK.
+F_BASE_NS = 25
+
+# Fields of REQUEST.
 F_ARG = 18  # sys.argv[1:], one a field
 F_ENV = 19  # NAME=VALUE, one a field
-F_TIME_NS = (
-    20  # the host's wall clock when the guest's monotonic clock said F_BASE_NS; if that is missing, when this was sent
-)
-F_ENTROPY = 21
-F_END_MARK = 22  # the bytes that close stdout and stderr
-F_FLAGS = 23  # the sum of the flags below
-F_ROWS = 24  # rows of a table preview
-F_BASE_NS = 25  # the guest's monotonic clock
 
+# Flags of REQUEST.
 FLAG_STDIN = 1  # the stdin channel carries data; otherwise stdin is /dev/null
 FLAG_TABLES = 2  # show the tables that the script leaves
 FLAG_TABLE_META = 4  # with their columns
 FLAG_JSON = 8  # as data in RESULT instead of text on stdout
 
-# Fields of RESULT.
+# Field of DIED.
 F_EXIT = 32
-F_WOKEN_NS = 40  # from the moment of REQUEST's F_BASE_NS to the wake-up of the runner; 0 where that is missing
-F_READY_NS = 33  # from the wake-up of the runner to the release of the script
-F_SCRIPT_NS = 34  # from there to its end
+
+# Fields of RESULT.
 F_REPR = 35  # of the value, if the source was one expression and it was not None
 F_ERROR_TYPE = 36  # of the exception that ended the script
 F_ERROR_MESSAGE = 37
