@@ -13,12 +13,14 @@ from . import preview, script
 
 
 class Request:
-    """A decoded REQUEST."""
+    """A decoded REQUEST. Raises `FrameError` for a payload that is none."""
 
     __slots__ = ("args", "base_ns", "end_mark", "entropy", "environ", "filename", "flags", "rows", "source", "time_ns")
 
     def __init__(self, payload: bytes) -> None:
         head = frames.REQUEST_HEAD
+        if len(payload) < head.size:
+            raise frames.FrameError(f"a request of {len(payload)} bytes")
         self.time_ns, self.base_ns, self.flags, self.rows, source, name, self.entropy, self.end_mark = head.unpack_from(
             payload
         )
