@@ -126,7 +126,7 @@ class Checks:
     def prepare(self) -> str:
         """The snapshot is made, under KVM."""
         args = ["--version", self.version, "--accel", "kvm", *self.engine]
-        done = dhg("vm", "prepare", *args, timeout_s=900.0).must(0)
+        done = dhg("vm", "prepare", *args, timeout_s=900.0 if self.bare else 3000.0).must(0)
         if "kvm" not in done.out:
             raise Failed(f"prepare says {done.out!r}")
         return done.err + done.out
