@@ -37,20 +37,8 @@ def compile_c(source: Path, target: Path, *flags: str) -> str:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
-    argv = [
-        compiler,
-        "-O2",
-        "-g",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-pthread",
-        *flags,
-        "-o",
-        str(target),
-        str(source),
-        "-ldl",
-    ]
+    argv = [compiler, *["-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-D_GNU_SOURCE"], *flags]
+    argv += ["-o", str(target), str(source), "-ldl"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     return str(target)

@@ -4,32 +4,19 @@
 //   vmm SOCKET MEMORY-FILE HANDSHAKE PAGES... -- run SEED MILLISECONDS THREADS   random schedule, every byte checked
 //   vmm SOCKET MEMORY-FILE HANDSHAKE PAGES... -- ask                             commands on stdin, one answer a line
 //
-// PAGES are the sizes of the regions in pages; they follow each other in the file. HANDSHAKE is letters: s (split into pieces), l (late),
-// f (the descriptor with the last piece), k (page_size_kib only), x (no more than half of it, then hang up).
+// PAGES are the sizes of the regions in pages; they follow each other in the file. HANDSHAKE: see peer.h.
 //
 // What a page may hold: its content in the file, until it is removed or written to; zeros after a removal; what was written last. Blocks
 // of 16 pages are of two kinds. In a "locked" one each access holds the page's lock, and the content must be exactly what is
 // expected. In a "free" one reads and removals run into each other: a read that began after a removal had returned must see zeros, one
 // that saw zeros must not have been alone, and a page that turns to zeros while it is read must not turn back.
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/syscall.h>
-#include <sys/un.h>
 #include <time.h>
-#include <unistd.h>
 
-enum { PAGE = 4096, BLOCK = 16, MAX_REGIONS = 8 };
+#include "peer.h"
+
+enum { BLOCK = 16, MAX_REGIONS = 8 };
 enum { ORIGINAL, ZERO, WRITTEN };
 
 struct page {
@@ -45,11 +32,6 @@ static int regions;
 static struct page *pages;
 static const char *file;  // the memory file, zeros after its end
 static uint64_t ends_ns, operations;
-
-static void die(const char *what) {
-    fprintf(stderr, "vmm: %s: %s\n", what, strerror(errno));
-    exit(2);
-}
 
 static void wrong(size_t page, const char *what) {
     fprintf(stderr, "vmm: page %zu: %s\n", page, what);
@@ -83,69 +65,12 @@ static size_t region_end(size_t page) {
 
 static int is_free(size_t page) { return (page / BLOCK * 2654435761u >> 8) % 4 == 0; }
 
-static void send_all(int sock, const char *data, size_t size, int fd) {
-    struct iovec part = {(void *)data, size};
-    char control[CMSG_SPACE(sizeof fd)] = {0};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    if (fd >= 0) {
-        message.msg_control = control, message.msg_controllen = sizeof control;
-        struct cmsghdr *head = CMSG_FIRSTHDR(&message);
-        head->cmsg_level = SOL_SOCKET, head->cmsg_type = SCM_RIGHTS, head->cmsg_len = CMSG_LEN(sizeof fd);
-        memcpy(CMSG_DATA(head), &fd, sizeof fd);
-    }
-    if (sendmsg(sock, &message, MSG_NOSIGNAL) != (ssize_t)size) die("sendmsg");
-}
-
-static void handshake(const char *path, int uffd, const char *how) {
-    char text[4096];
-    size_t size = 0;
-    text[size++] = '[';
-    for (int r = 0; r < regions; r++) {
-        size += sprintf(text + size, "%s{\"base_host_virt_addr\":%llu,\"size\":%zu,\"offset\":%zu,", r ? "," : "",
-                        (unsigned long long)(uintptr_t)base[r], pages_of[r] * PAGE, first_of[r] * PAGE);
-        if (!strchr(how, 'k')) size += sprintf(text + size, "\"page_size\":%d,", PAGE);
-        size += sprintf(text + size, "\"page_size_kib\":%d}", PAGE);
-    }
-    text[size++] = ']';
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    strncpy(address.sun_path, path, sizeof address.sun_path - 1);
-    int sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (connect(sock, (struct sockaddr *)&address, sizeof address)) die("connect");
-    if (strchr(how, 'l')) usleep(150000);
-    if (strchr(how, 'x')) {
-        send_all(sock, text, size / 2, uffd);
-        close(sock);
-        pause();
-    }
-    if (!strchr(how, 's')) {
-        send_all(sock, text, size, uffd);
-        return;
-    }
-    size_t sent = 0, piece = size / 3;
-    for (int part = 0; part < 3; part++) {
-        size_t length = part == 2 ? size - sent : piece;
-        int here = strchr(how, 'f') ? part == 2 : part == 0;
-        send_all(sock, text + sent, length, here ? uffd : -1);
-        sent += length;
-        usleep(5000);
-    }
-}
-
-static void setup(void) {
-    int uffd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (uffd < 0) die("userfaultfd");
-    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMOVE};
-    if (ioctl(uffd, UFFDIO_API, &api)) die("UFFDIO_API");
-    for (int r = 0; r < regions; r++) {
-        // A guard page around each: the regions do not touch.
-        base[r] = mmap(NULL, (pages_of[r] + 2) * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (base[r] == MAP_FAILED) die("mmap");
-        base[r] += PAGE;
-        if (mprotect(base[r], pages_of[r] * PAGE, PROT_READ | PROT_WRITE)) die("mprotect");
-        struct uffdio_register range = {.range = {(uintptr_t)base[r], pages_of[r] * PAGE}, .mode = UFFDIO_REGISTER_MODE_MISSING};
-        if (ioctl(uffd, UFFDIO_REGISTER, &range)) die("UFFDIO_REGISTER");
-    }
-    first_of[0] = uffd;  // for main
+// A guard page around each: the regions do not touch.
+static char *make_region(size_t count) {
+    char *found = mmap(NULL, (count + 2) * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found == MAP_FAILED) die("mmap");
+    if (mprotect(found + PAGE, count * PAGE, PROT_READ | PROT_WRITE)) die("mprotect");
+    return found + PAGE;
 }
 
 static void check(size_t page, const char *seen) {
@@ -291,6 +216,9 @@ static int ask(void) {
                 printf("%s ", zero ? "zero" : same ? "same" : "other");
             }
             putchar('\n');
+        } else if (verb == 't') {  // touch, and say what is there
+            for (size_t i = first; i < first + count; i++) printf("%d ", *(volatile char *)at(i));
+            putchar('\n');
         } else if (verb == 'd') {
             removal(first, count);
             puts("done");
@@ -305,17 +233,21 @@ static int ask(void) {
 int main(int argc, char **argv) {
     int next = 4;
     for (; next < argc && strcmp(argv[next], "--"); next++) pages_of[regions++] = strtoul(argv[next], NULL, 10);
-    setup();
-    int uffd = first_of[0];
-    first_of[0] = 0;
-    for (int r = 0; r < regions; r++) first_of[r] = total, total += pages_of[r];
+    int uffd = make_uffd();
+    struct mapping maps[MAX_REGIONS];
+    for (int r = 0; r < regions; r++) {
+        base[r] = make_region(pages_of[r]);
+        register_range(uffd, base[r], pages_of[r] * PAGE);
+        maps[r] = (struct mapping){base[r], pages_of[r] * PAGE, total * PAGE};
+        first_of[r] = total, total += pages_of[r];
+    }
     // The file may end within the last page; what is mapped of it after that reads as zeros.
     int fd = open(argv[2], O_RDONLY | O_CLOEXEC);
     file = mmap(NULL, total * PAGE, PROT_READ, MAP_PRIVATE, fd, 0);
     if (file == MAP_FAILED) die("memory file");
     pages = calloc(total, sizeof *pages);
     for (size_t i = 0; i < total; i++) pthread_mutex_init(&pages[i].lock, NULL);
-    handshake(argv[1], uffd, argv[3]);
+    hand_over(argv[1], uffd, maps, regions, argv[3]);
     // Like Firecracker it keeps its copy: with the last one closed, the kernel would go on with zeros where the pager is gone.
     if (!strcmp(argv[next + 1], "ask")) return ask();
     return run(strtoull(argv[next + 2], NULL, 10), strtoull(argv[next + 3], NULL, 10), atoi(argv[next + 4]));

@@ -34,6 +34,10 @@ from .workingset import Range
 MISSING, FILLED, REMOVED = 0, 1, 2
 _FILLED, _REMOVED = bytes([FILLED]), bytes([REMOVED])
 
+#: What of a chunk is filled before whoever faulted goes on. The rest follows while it runs, unless another fault comes first.
+FIRST = 64 << 10
+#: How much of the rest is filled between two looks for faults.
+REST = 256 << 10
 #: The most that one ioctl fills: larger ones keep others of the VMM from changing its mappings for longer, and gain nothing.
 STEP = 2 << 20
 #: How long to wait for the event that an EAGAIN is about. It may have been read already, and the remover not have run since.
@@ -113,6 +117,8 @@ class Pager:
         self.memories = [Memory(item.address, item.size, item.offset, item.page_size) for item in peer.regions]
         self.counts = {"faults": 0, "fills": 0, "copied": 0, "zeroed": 0, "removed": 0, "retries": 0}
         self._faults: deque[int] = deque()
+        #: Rests of chunks, as (region, first page, last page), oldest first.
+        self._rests: deque[tuple[Memory, int, int]] = deque()
         self._poller = select.poll()
         self._poller.register(self._uffd, select.POLLIN)
         self._poller.register(self._pidfd, select.POLLIN)
@@ -126,9 +132,11 @@ class Pager:
         """
         try:
             while True:
-                self._read(0 if self._faults or ahead else None)
+                self._read(0 if self._faults or self._rests or ahead else None)
                 if self._faults:
                     self._fault(self._faults.popleft())
+                elif self._rests:
+                    self._rest()
                 elif ahead and next(ahead, self) is self:
                     ahead = None
         except _VmmGone:
@@ -230,14 +238,30 @@ class Pager:
         if self._touched is not None:
             self._touched.add((memory.offset + page * memory.page_size) // uffd.PAGE)
         if memory.state[page] == MISSING:
-            chunk = max(1, self._chunk // memory.page_size)
-            first = page // chunk * chunk
-            if self._chunk > uffd.PAGE:
+            first, last = self._around(memory, page, self._chunk)
+            near = self._around(memory, page, min(FIRST, self._chunk))
+            if self._chunk > FIRST:
                 self._source.will_need(memory.offset + first * memory.page_size, self._chunk)
-            self._fill(memory, first, min(first + chunk, memory.pages))
+                self._rests.append((memory, first, last))
+            self._fill(memory, *near)
             if memory.state[page] == FILLED:
                 return
         self._zero_again(memory, page)
+
+    @staticmethod
+    def _around(memory: Memory, page: int, size: int) -> tuple[int, int]:
+        """The pages of the aligned piece of `size` bytes that a page is in."""
+        count = max(1, size // memory.page_size)
+        first = page // count * count
+        return first, min(first + count, memory.pages)
+
+    def _rest(self) -> None:
+        memory, first, last = self._rests.popleft()
+        count = max(1, REST // memory.page_size)
+        at, _ = memory.missing(first, last)
+        if at < last:
+            self._rests.appendleft((memory, at, last))
+            self._fill(memory, at, min(at + count, last))
 
     def _zero_again(self, memory: Memory, page: int) -> None:
         """Answer a fault on a page that is there, or was removed."""

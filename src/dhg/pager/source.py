@@ -46,6 +46,7 @@ class Source:
         """The first run of data between two offsets (multiples of the page size), as offsets; (end, end) if all of it is a hole.
 
         What is not backed by blocks reads as zeros and need not be copied (lseek(2), SEEK_DATA).
+        Raises `SnapshotError` if the file is not as long as it was.
         """
         try:
             first = os.lseek(self.fd, start, os.SEEK_DATA)
@@ -53,9 +54,12 @@ class Source:
                 return end, end
             last = os.lseek(self.fd, first, os.SEEK_HOLE)
         except OSError as error:
-            if error.errno == errno.ENXIO:
-                return end, end
-            raise
+            if error.errno != errno.ENXIO:
+                raise
+            # No data from here to the end, wherever that is by now.
+            if os.fstat(self.fd).st_size != self.size:
+                raise SnapshotError("the memory file has been truncated while it was in use") from None
+            return end, end
         # The file's blocks may be smaller than a page, and its last page may be partial.
         return first // PAGE * PAGE, min(end, -(-last // PAGE) * PAGE)
 
