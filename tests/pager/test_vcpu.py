@@ -9,14 +9,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.pager.conftest import FD_LEASH, PAGE, compile_c, memory_file
+from tests.pager.conftest import FD_LEASH, compile_c, memory_file
 
 from dhg import proc
 from dhg.engine import probe
 from dhg.pager import handshake, workingset
 from dhg.pager.process import PagerProcess
 
-PAGES = 4096
+PAGES = 2048
 
 
 @pytest.fixture(scope="module")
@@ -59,4 +59,3 @@ def test_a_guest_sees_what_the_file_has(vcpu_program: str, tmp_path: Path, mode:
         if mode == "record":
             pager.counts()
             assert workingset.load(working_set, os.stat(memory)) == [(0, PAGES)]
-    assert PAGE == 4096
