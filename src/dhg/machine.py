@@ -11,6 +11,31 @@ from .errors import DeadlineExceeded, MachineError
 from .snapshot import store
 from .wire import client
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Callable
+    from typing import Protocol
+
+    class Vm(Protocol):
+        """What every engine's running VM has: the seam between engines and the rest.
+
+        The channels may be used once `wait_resumed` has returned: the wall clock before and after the guest's clock went on, in ns
+        since the epoch. It raises `MachineError` or `DeadlineExceeded`. `said` is the last that the VMM said of itself. `close`
+        kills the VMM, reaps it and leaves nothing behind.
+        """
+
+        process: proc.Process
+        control: _socket.socket
+        stdout: _socket.socket
+        stderr: _socket.socket
+        stdin: _socket.socket
+
+        def wait_resumed(self, *, deadline: proc.Deadline) -> tuple[int, int]: ...
+        def said(self) -> str | None: ...
+        def close(self) -> None: ...
+
+
 #: How long a restore may take before it counts as hung.
 RESTORE_TIMEOUT_S = 60.0
 
@@ -21,7 +46,8 @@ RESUME_WITHIN_NS = 10_000_000
 class Machine:
     """A VM restored from `snapshot`. Made by `restore`; leaving the context kills it."""
 
-    def __init__(self, snapshot: store.Snapshot) -> None:
+    def __init__(self, snapshot: store.Snapshot, start: Callable[[store.Snapshot], Vm] | None = None) -> None:
+        """Start restoring `snapshot` with its engine (or with `start`); does not wait."""
         #: Phases in milliseconds, in order.
         self.phases: dict[str, float] = {}
         self.snapshot = snapshot
@@ -32,11 +58,7 @@ class Machine:
         self._session: client.Session | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
-        state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self._vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
-        finally:
-            os.close(state)
+        self._vm: Vm = (start or _start)(snapshot)
         self._phase("spawn")
 
     def _phase(self, name: str) -> None:
@@ -73,7 +95,7 @@ class Machine:
         vm = self._vm
         limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
-            self._resumed = qmp.wait_resumed(vm, deadline=proc.Deadline(limit))
+            self._resumed = vm.wait_resumed(deadline=proc.Deadline(limit))
         except (MachineError, DeadlineExceeded) as error:
             if deadline is not None and deadline.left() == 0.0:
                 raise DeadlineExceeded(
@@ -128,6 +150,14 @@ class Machine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _start(snapshot: store.Snapshot) -> Vm:
+    state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
+    finally:
+        os.close(state)
 
 
 def restore(version: str | None = None, *, engine: str = "qemu") -> Machine:
