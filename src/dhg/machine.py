@@ -58,7 +58,7 @@ class Machine:
         self._session: client.Session | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
-        self._vm: Vm = (start or _start)(snapshot)
+        self.vm: Vm = (start or _start)(snapshot)
         self._phase("spawn")
 
     def _phase(self, name: str) -> None:
@@ -80,7 +80,7 @@ class Machine:
         Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
         """
         session = self._settle(deadline)
-        source = None if stdin is None or not request.stdin else (stdin, self._vm.stdin)
+        source = None if stdin is None or not request.stdin else (stdin, self.vm.stdin)
         clock = self._clock_of(session, deadline)
         result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source, clock=clock)
         now = time.monotonic_ns()
@@ -92,7 +92,7 @@ class Machine:
         return result
 
     def _settle(self, deadline: proc.Deadline | None) -> client.Session:
-        vm = self._vm
+        vm = self.vm
         limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
             self._resumed = vm.wait_resumed(deadline=proc.Deadline(limit))
@@ -139,11 +139,11 @@ class Machine:
 
     def usage(self) -> dict[str, int]:
         """What the VM has cost so far: pages faulted and bytes read from disk. Call it before `close`."""
-        return proc.usage(self._vm.process.pid)
+        return proc.usage(self.vm.process.pid)
 
     def close(self) -> None:
         """Kill the VM and reap it."""
-        self._vm.close()
+        self.vm.close()
 
     def __enter__(self) -> Machine:
         return self
@@ -153,6 +153,13 @@ class Machine:
 
 
 def _start(snapshot: store.Snapshot) -> Vm:
+    if snapshot.engine == "firecracker":
+        from .engine import firecracker
+
+        version, memory_mib = snapshot.engine_version, snapshot.memory_mib
+        return firecracker.start(
+            snapshot.path, snapshot.argv[0], version=version, lock=snapshot.lock, memory_mib=memory_mib
+        )
     state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
@@ -160,8 +167,10 @@ def _start(snapshot: store.Snapshot) -> Vm:
         os.close(state)
 
 
-def restore(version: str | None = None, *, engine: str = "qemu") -> Machine:
+def restore(version: str | None = None, *, engine: str | None = None) -> Machine:
     """Start restoring the snapshot of `version` (default: `DHG_VERSION`, then the newest); does not wait for it.
+
+    `engine` is qemu or firecracker; by default whichever has a snapshot, QEMU first.
 
     Raises `SnapshotMissing`, `SnapshotError`, `HostError`.
     """

@@ -78,6 +78,6 @@ def restore(shim: str, **how: Any) -> tuple[machine.Machine, ServedVm]:
         restored = machine.Machine(snapshot, starter(shim, **how))
     finally:
         os.close(snapshot.lock)
-    vm = restored._vm
+    vm = restored.vm
     assert isinstance(vm, ServedVm)
     return restored, vm

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from .. import machine, proc
+from .. import config, machine, proc
 from ..errors import DeadlineExceeded, HostError, UsageError
 from ..wire import client, frames
 from .options import Option, Values, help_text, parse, positive_integer, positive_number
@@ -23,6 +23,7 @@ OPTIONS = [
     Option("-c", "CODE", "the script itself"),
     Option("--vm", None, "run in a microVM of its own, restored from a snapshot"),
     Option("--version", "V", "Deephaven version (default: DHG_VERSION, or the newest snapshot)"),
+    Option("--engine", "qemu|firecracker", "which VMM's snapshot (default: DHG_ENGINE, or whichever there is)"),
     Option("--env", "NAME[=VALUE]", "pass an environment variable; may be repeated", repeat=True),
     Option("--timeout", "S", "end the run S seconds after the command began (exit 3)"),
     Option("--rows", "N", "rows of each table that the script leaves (default 10)"),
@@ -133,7 +134,10 @@ class Run:
         if values.flag("vm"):
             if values.text("host"):
                 raise UsageError("--vm and --host exclude each other")
-            return machine.restore(values.text("version"))
+            engine = values.text("engine")
+            return machine.restore(values.text("version"), engine=config.check_engine(engine) if engine else None)
+        if values.text("engine"):
+            raise UsageError("--engine needs --vm")
         if values.text("version"):
             raise UsageError("--version needs --vm: without it the installed deephaven-server runs, or that of --host")
         if values.text("host"):

@@ -31,6 +31,8 @@ PREPARE = [
     Option("--memory", "SIZE", f"the VM's memory (default {config.DEFAULT_MEMORY_MIB >> 10}G)"),
     Option("--vcpus", "N", "the VM's virtual CPUs (default: 2 with KVM, 1 without)"),
     Option("--accel", "auto|kvm|tcg", "auto takes KVM where it boots a stock kernel (default)"),
+    Option("--engine", "qemu|firecracker", "the VMM (default qemu; firecracker needs KVM)"),
+    Option("--firecracker", "PATH", "its program (default: DHG_FIRECRACKER, or firecracker on the PATH)"),
     Option("--force", None, "make the snapshot anew even if it is there"),
     _DEBUG,
     _HELP,
@@ -155,6 +157,11 @@ def prepare(argv: list[str]) -> int:
     accel = values.text("accel") or "auto"
     if accel not in ("auto", "kvm", "tcg"):
         raise UsageError(f"--accel takes auto, kvm or tcg, not {accel!r}")
+    engine = config.check_engine(values.text("engine") or ("firecracker" if values.text("firecracker") else "qemu"))
+    if engine == "qemu" and values.text("firecracker"):
+        raise UsageError("--firecracker needs --engine firecracker")
+    if engine == "firecracker" and accel == "tcg":
+        raise UsageError("Firecracker has no software emulation: leave --accel tcg out")
     from ..snapshot import build
 
     display = Display()
@@ -164,6 +171,8 @@ def prepare(argv: list[str]) -> int:
             memory_mib=config.parse_size_mib(memory) if memory else config.DEFAULT_MEMORY_MIB,
             vcpus=positive_integer("--vcpus", vcpus) if vcpus else None,
             accel=accel,
+            engine=engine,
+            binary=values.text("firecracker"),
             force=values.flag("force"),
             progress=display,
         )

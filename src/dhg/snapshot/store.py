@@ -36,13 +36,14 @@ L_ACCEL = 4
 L_VERSION = 5
 L_ENGINE = 6
 L_MEMORY_MIB = 8
+L_ENGINE_VERSION = 16  # where the restore depends on it
 L_BASE_NS = 7  # the guest's monotonic clock at the moment of a resume
 
 
 class Snapshot:
     """A snapshot that is locked against removal; `lock` is a descriptor to pass to the VMM and then close."""
 
-    __slots__ = ("accel", "argv", "base_ns", "engine", "lock", "memory_mib", "path", "version")
+    __slots__ = ("accel", "argv", "base_ns", "engine", "engine_version", "lock", "memory_mib", "path", "version")
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Snapshot:
         *,
         memory_mib: int,
         base_ns: int,
+        engine_version: str = "",
     ) -> None:
         self.path = path
         self.version = version
@@ -64,6 +66,8 @@ class Snapshot:
         self.argv = argv
         self.lock = lock
         self.memory_mib = memory_mib
+        #: The VMM's version, where a restore depends on it.
+        self.engine_version = engine_version
         #: The guest's monotonic clock at the moment of a resume; 0 while it is not known.
         self.base_ns = base_ns
 
@@ -110,13 +114,17 @@ def resolve_version(version: str | None) -> str:
     return found[0]
 
 
-def open_snapshot(version: str | None = None, *, engine: str = "qemu") -> Snapshot:
+def open_snapshot(version: str | None = None, *, engine: str | None = None) -> Snapshot:
     """Look a snapshot up, check that it fits, and lock it against removal.
+
+    `engine` is qemu or firecracker; by default `DHG_ENGINE`, then whichever has a snapshot, QEMU first.
 
     Raises `SnapshotMissing` if there is none of that version, `SnapshotError` if it is damaged or does not fit this host.
     """
     version = resolve_version(version)
-    link = f"{config.snapshots_dir()}/{version}/{engine}"
+    folder = f"{config.snapshots_dir()}/{version}"
+    engine = engine or config.engine() or _engine_in(folder)
+    link = f"{folder}/{engine}"
     # A prepare may replace the generation between our look at the link and our lock.
     name = None
     while True:
@@ -141,6 +149,12 @@ def open_snapshot(version: str | None = None, *, engine: str = "qemu") -> Snapsh
             if lock >= 0:
                 os.close(lock)
             raise
+
+
+def _engine_in(folder: str) -> str:
+    if not os.path.lexists(f"{folder}/qemu") and os.path.lexists(f"{folder}/firecracker"):
+        return "firecracker"
+    return "qemu"
 
 
 def _lock(path: str) -> int:
@@ -175,6 +189,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         accel = frames.text(found[L_ACCEL][0])
         memory_mib = frames.integer(found[L_MEMORY_MIB][0])
         base_ns = frames.integer(found[L_BASE_NS][0]) if L_BASE_NS in found else 0
+        engine_version = frames.text(found[L_ENGINE_VERSION][0]) if L_ENGINE_VERSION in found else ""
         for size, mtime_ns, name in checks:
             seen = stat_check(os.fsdecode(name))
             if seen != (int(size), int(mtime_ns)):
@@ -184,7 +199,9 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
                 )
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
-    return Snapshot(path, version, engine, accel, argv, lock, memory_mib=memory_mib, base_ns=base_ns)
+    return Snapshot(
+        path, version, engine, accel, argv, lock, memory_mib=memory_mib, base_ns=base_ns, engine_version=engine_version
+    )
 
 
 def stat_check(path: str) -> tuple[int, int] | None:
@@ -205,6 +222,7 @@ def launch_bytes(
     argv: list[str],
     checked: list[str],
     own: list[tuple[str, str]],
+    engine_version: str = "",
 ) -> bytes:
     """The contents of `launch`; `checked` are files whose size and time are recorded, `own` those of the generation, as
     (path now, path later)."""
@@ -213,4 +231,6 @@ def launch_bytes(
     for path, later in [(path, path) for path in checked] + own:
         found = os.stat(path)
         data += frames.field(L_CHECK, b"%d %d %s" % (found.st_size, found.st_mtime_ns, os.fsencode(later)))
+    if engine == "firecracker":
+        data += frames.field(L_ENGINE_VERSION, engine_version)
     return data + frames.field(L_ACCEL, accel) + frames.field(L_VERSION, version) + frames.field(L_ENGINE, engine)
