@@ -120,16 +120,18 @@ def stages_disk(version: str) -> tuple[Path, str]:
     log = f"{private_dir(config.home() + '/log')}/test-kvm.log"
     base = image.base_system(log)
     root = image.root_image(base, version, log)
+    vmlinux = os.path.dirname(image.vmlinux(base))
 
     def build(tmp: Path) -> None:
         tree = tmp / "tree"
         target = tree / "base" / os.path.basename(base)
         shutil.copytree(base, target, symlinks=True, ignore=shutil.ignore_patterns("root.tar"))
         shutil.copytree(root, tree / "image" / os.path.basename(root))
+        shutil.copytree(vmlinux, tree / "vmlinux" / os.path.basename(vmlinux))
         proc.run(["mkfs.erofs", "-d0", "-T0", "--all-root", f"{tmp}/stages-{version}", str(tree)], timeout_s=600)
         remove_tree(str(tree))
 
-    return cached(f"stages-{version}", image.stage_key(base, root), build), base
+    return cached(f"stages-{version}", image.stage_key(base, root, vmlinux), build), base
 
 
 def payload(archive: Archive, plan: Plan) -> None:

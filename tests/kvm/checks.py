@@ -125,7 +125,8 @@ class Checks:
 
     def prepare(self) -> str:
         """The snapshot is made, under KVM."""
-        args = ["--version", self.version, "--accel", "kvm", *self.engine]
+        # One CPU is all that L1 has.
+        args = ["--version", self.version, "--accel", "kvm", "--vcpus", "1", *self.engine]
         done = dhg("vm", "prepare", *args, timeout_s=900.0 if self.bare else 3000.0).must(0)
         if "kvm" not in done.out:
             raise Failed(f"prepare says {done.out!r}")
@@ -211,7 +212,7 @@ def main() -> None:
     port = Port(sys.argv[1])
     engines, version = sys.argv[2].split(","), sys.argv[3]
     os.makedirs("/root/.dhg/cache", mode=0o700)
-    for stage in ("base", "image"):
+    for stage in ("base", "image", "vmlinux"):
         os.symlink(f"/cache/{stage}", f"/root/.dhg/cache/{stage}")
     with open("/proc/cpuinfo") as file:
         cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
