@@ -35,6 +35,18 @@ def cache_dir() -> str:
     return home() + "/cache"
 
 
+def engine() -> str | None:
+    """The engine that `DHG_ENGINE` names, if it does. Raises `UsageError` for one that there is not."""
+    return check_engine(os.environ["DHG_ENGINE"]) if os.environ.get("DHG_ENGINE") else None
+
+
+def check_engine(name: str) -> str:
+    """`name` itself if it is an engine's. Raises `UsageError` otherwise."""
+    if name not in ("qemu", "firecracker"):
+        raise UsageError(f"no such engine: {name!r}", hint="there are qemu and firecracker")
+    return name
+
+
 def check_version(version: str) -> str:
     """`version` itself if it is `bare` or can be the name of a release (letters, digits, `.`, `_`, `+`, `-`; at most 64).
 

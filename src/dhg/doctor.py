@@ -70,13 +70,18 @@ def _programs() -> list[Finding]:
     return found
 
 
-def _kvm() -> Finding:
+def _known_kvm() -> probe.Kvm | None:
     answer = probe.kvm_device()
     if answer is None:
         try:
             answer = probe.known_kvm(probe.qemu_path())
         except DhgError:
             answer = None
+    return answer
+
+
+def _kvm() -> Finding:
+    answer = _known_kvm()
     if answer is None:
         return Finding("kvm", "note", "/dev/kvm opens; whether a guest boots on it is not known yet", "dhg vm prepare")
     if answer.usable:
@@ -148,11 +153,16 @@ def _memory() -> Finding:
 
 def _snapshots() -> list[Finding]:
     found = []
+    kvm = _known_kvm()
     for path in inventory.generations():
         item = inventory.describe(path)
         name = f"snapshot {item['version']} ({item['engine']})"
-        if item["fits"]:
-            found.append(Finding(name, "ok", f"{item['accel']}, {item['disk_bytes'] >> 20} MiB"))
+        text = f"{item['accel']}, {item['disk_bytes'] >> 20} MiB"
+        if item["fits"] and item["accel"] == "tcg" and kvm is not None and kvm.usable:
+            remedy = f"dhg vm prepare --version {item['version']}"
+            found.append(Finding(name, "note", f"{text}; KVM works here and would be faster", remedy))
+        elif item["fits"]:
+            found.append(Finding(name, "ok", text))
         else:
             found.append(
                 Finding(name, "bad", str(item["problem"]), f"dhg vm prepare --version {item['version']} --force")

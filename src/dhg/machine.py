@@ -11,6 +11,31 @@ from .errors import DeadlineExceeded, MachineError
 from .snapshot import store
 from .wire import client
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Callable
+    from typing import Protocol
+
+    class Vm(Protocol):
+        """What every engine's running VM has: the seam between engines and the rest.
+
+        The channels may be used once `wait_resumed` has returned: the wall clock when the VMM was up and began to load, and before
+        and after the guest's clock went on, in ns since the epoch. It raises `MachineError` or `DeadlineExceeded`. `said` is
+        the last that the VMM said of itself. `close` kills the VMM, reaps it and leaves nothing behind.
+        """
+
+        process: proc.Process
+        control: _socket.socket
+        stdout: _socket.socket
+        stderr: _socket.socket
+        stdin: _socket.socket
+
+        def wait_resumed(self, *, deadline: proc.Deadline) -> tuple[int, int, int]: ...
+        def said(self) -> str | None: ...
+        def close(self) -> None: ...
+
+
 #: How long a restore may take before it counts as hung.
 RESTORE_TIMEOUT_S = 60.0
 
@@ -21,7 +46,8 @@ RESUME_WITHIN_NS = 10_000_000
 class Machine:
     """A VM restored from `snapshot`. Made by `restore`; leaving the context kills it."""
 
-    def __init__(self, snapshot: store.Snapshot) -> None:
+    def __init__(self, snapshot: store.Snapshot, start: Callable[[store.Snapshot], Vm] | None = None) -> None:
+        """Start restoring `snapshot` with its engine (or with `start`); does not wait."""
         #: Phases in milliseconds, in order.
         self.phases: dict[str, float] = {}
         self.snapshot = snapshot
@@ -32,11 +58,7 @@ class Machine:
         self._session: client.Session | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
-        state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self._vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
-        finally:
-            os.close(state)
+        self.vm: Vm = (start or _start)(snapshot)
         self._phase("spawn")
 
     def _phase(self, name: str) -> None:
@@ -58,7 +80,7 @@ class Machine:
         Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
         """
         session = self._settle(deadline)
-        source = None if stdin is None or not request.stdin else (stdin, self._vm.stdin)
+        source = None if stdin is None or not request.stdin else (stdin, self.vm.stdin)
         clock = self._clock_of(session, deadline)
         result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source, clock=clock)
         now = time.monotonic_ns()
@@ -71,11 +93,11 @@ class Machine:
         return result
 
     def _settle(self, deadline: proc.Deadline | None) -> client.Session:
-        vm = self._vm
+        vm = self.vm
         limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
             began_ns = time.time_ns() - (time.monotonic_ns() - self._clock)
-            up_ns, *resumed = qmp.wait_resumed(vm, deadline=proc.Deadline(limit))
+            up_ns, *resumed = vm.wait_resumed(deadline=proc.Deadline(limit))
         except (MachineError, DeadlineExceeded) as error:
             if deadline is not None and deadline.left() == 0.0:
                 raise DeadlineExceeded(
@@ -121,11 +143,11 @@ class Machine:
 
     def usage(self) -> dict[str, int]:
         """What the VM has cost so far: pages faulted and bytes read from disk. Call it before `close`."""
-        return proc.usage(self._vm.process.pid)
+        return proc.usage(self.vm.process.pid)
 
     def close(self) -> None:
         """Kill the VM and reap it."""
-        self._vm.close()
+        self.vm.close()
 
     def __enter__(self) -> Machine:
         return self
@@ -134,9 +156,25 @@ class Machine:
         self.close()
 
 
-def restore(version: str | None = None, *, engine: str = "qemu", accel: str | None = None) -> Machine:
+def _start(snapshot: store.Snapshot) -> Vm:
+    if snapshot.engine == "firecracker":
+        from .engine import firecracker
+
+        version, memory_mib = snapshot.engine_version, snapshot.memory_mib
+        return firecracker.start(
+            snapshot.path, snapshot.argv[0], version=version, lock=snapshot.lock, memory_mib=memory_mib
+        )
+    state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
+    finally:
+        os.close(state)
+
+
+def restore(version: str | None = None, *, engine: str | None = None, accel: str | None = None) -> Machine:
     """Start restoring the snapshot of `version` (default: `DHG_VERSION`, then the newest); does not wait for it.
 
+    `engine` is qemu or firecracker; by default whichever has a snapshot, QEMU first.
     With `accel` (kvm or tcg) a snapshot that was made under the other is refused.
 
     Raises `SnapshotMissing`, `SnapshotError`, `HostError`.

@@ -80,6 +80,13 @@ class Check(NamedTuple):
     ok: bool
 
 
+class Which(NamedTuple):
+    """The snapshot that is looked at."""
+
+    version: str
+    engine: str
+
+
 class Clone:
     """What one restored VM said of itself."""
 
@@ -105,11 +112,11 @@ class Clone:
                 self.differ, self.agree = json.loads(rest)
 
 
-def probe(version: str | None) -> Clone:
+def probe(which: Which) -> Clone:
     """Restore one clone and question it. Raises `DhgError`."""
     clone = Clone()
     errors: list[bytes] = []
-    with machine.restore(version) as vm:
+    with machine.restore(which.version, engine=which.engine) as vm:
         deadline = proc.Deadline(RUN_TIMEOUT_S)
         questions = PROBE_BEGIN + (b"" if vm.version == config.BARE else PROBE_DEEPHAVEN) + PROBE_END
         result = vm.run(client.Request(questions), stdout=clone.take, stderr=errors.append, deadline=deadline)
@@ -141,13 +148,13 @@ def checksums(path: str) -> list[Check]:
     return checks
 
 
-def in_a_row(version: str | None, count: int) -> Check:
+def in_a_row(which: Which, count: int) -> Check:
     """`count` restores one after the other, each with an answer of its own."""
     times: list[float] = []
     wrong = 0
     for number in range(count):
         begin = time.monotonic()
-        wrong += not _answers(version, number)
+        wrong += not _answers(which, number)
         times.append((time.monotonic() - begin) * 1000)
     return Check(
         f"{count} restores in a row",
@@ -157,19 +164,19 @@ def in_a_row(version: str | None, count: int) -> Check:
     )
 
 
-def at_once(version: str | None, count: int) -> Check:
+def at_once(which: Which, count: int) -> Check:
     """`count` restores at the same time, each with an answer of its own."""
     begin = time.monotonic()
     with ThreadPoolExecutor(count) as pool:
-        wrong = sum(pool.map(lambda number: not _answers(version, number), range(count)))
+        wrong = sum(pool.map(lambda number: not _answers(which, number), range(count)))
     took = (time.monotonic() - begin) * 1000
     return Check(f"{count} at once", "be right", [f"{count - wrong} right", f"{took:.0f} ms for all"], not wrong)
 
 
-def _answers(version: str | None, number: int) -> bool:
+def _answers(which: Which, number: int) -> bool:
     out: list[bytes] = []
     try:
-        with machine.restore(version) as vm:
+        with machine.restore(which.version, engine=which.engine) as vm:
             request = client.Request(b"print(%d * 3)" % number)
             vm.run(request, stdout=out.append, stderr=out.append, deadline=proc.Deadline(RUN_TIMEOUT_S))
     except DhgError as error:
@@ -177,14 +184,17 @@ def _answers(version: str | None, number: int) -> bool:
     return b"".join(out) == b"%d\n" % (number * 3)
 
 
-def verify(version: str | None = None, *, restores: int = 20, together: int = 2) -> list[Check]:
+def verify(
+    version: str | None = None, *, engine: str | None = None, restores: int = 20, together: int = 2
+) -> list[Check]:
     """Every check, worst news included rather than raised; `restores` one after the other, `together` at once.
 
     Raises `SnapshotMissing` if there is nothing to verify.
     """
     version = store.resolve_version(version)
-    snapshot = store.open_snapshot(version)
+    snapshot = store.open_snapshot(version, engine=engine)
     os.close(snapshot.lock)
+    which = Which(version, snapshot.engine)
     checks = checksums(snapshot.path)
     with open(snapshot.path + "/manifest.json") as file:
         inputs = json.load(file)["inputs"]
@@ -196,7 +206,7 @@ def verify(version: str | None = None, *, restores: int = 20, together: int = 2)
     if not all(check.ok for check in checks):
         return checks
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(probe, version) for _ in range(2)]
+        runs = [pool.submit(probe, which) for _ in range(2)]
         one, two = [run.result() for run in runs]
     for name in one.clocks:
         values = [clone.clocks[name] for clone in (one, two)]
@@ -217,5 +227,5 @@ def verify(version: str | None = None, *, restores: int = 20, together: int = 2)
         )
     for name, size in one.usage.items():
         checks.append(Check(name.replace("_", " "), "be known", [str(size), str(two.usage[name])], True))
-    checks += [in_a_row(version, restores), at_once(version, together)]
+    checks += [in_a_row(which, restores), at_once(which, together)]
     return checks

@@ -44,7 +44,9 @@ SLIM = ("path-exclude=/usr/share/doc/*", "path-exclude=/usr/share/man/*", "path-
 
 #: A machine that has not said anything for so long hangs: it beats every five seconds.
 SILENCE_S = 180.0
-FD_REPORT = 200
+FD_REPORT, FD_LEASH = 200, 201
+#: Console logs that are kept.
+LOGS_KEPT = 50
 
 KERNEL_ARGS = (
     "console=ttyS0 loglevel=4 panic=-1 reboot=t rdinit=/init mitigations=off audit=0 nowatchdog tsc=reliable no_timer_check "
@@ -59,6 +61,8 @@ class Plan(NamedTuple):
     version: str
     memory_mib: int
     deadline_s: float
+    verbose: bool = False
+    silence_s: float = SILENCE_S
 
 
 class Verdict(NamedTuple):
@@ -66,6 +70,11 @@ class Verdict(NamedTuple):
 
     checks: list[tuple[str, bool]]
     lost: str | None
+
+    @property
+    def good(self) -> bool:
+        """All that was to be checked was, and is as it should be."""
+        return not self.lost and all(ok for _, ok in self.checks)
 
 
 def cached(name: str, key: str, build: Callable[[Path], None]) -> Path:
@@ -111,16 +120,18 @@ def stages_disk(version: str) -> tuple[Path, str]:
     log = f"{private_dir(config.home() + '/log')}/test-kvm.log"
     base = image.base_system(log)
     root = image.root_image(base, version, log)
+    vmlinux = os.path.dirname(image.vmlinux(base))
 
     def build(tmp: Path) -> None:
         tree = tmp / "tree"
         target = tree / "base" / os.path.basename(base)
         shutil.copytree(base, target, symlinks=True, ignore=shutil.ignore_patterns("root.tar"))
         shutil.copytree(root, tree / "image" / os.path.basename(root))
+        shutil.copytree(vmlinux, tree / "vmlinux" / os.path.basename(vmlinux))
         proc.run(["mkfs.erofs", "-d0", "-T0", "--all-root", f"{tmp}/stages-{version}", str(tree)], timeout_s=600)
         remove_tree(str(tree))
 
-    return cached(f"stages-{version}", image.stage_key(base, root), build), base
+    return cached(f"stages-{version}", image.stage_key(base, root, vmlinux), build), base
 
 
 def payload(archive: Archive, plan: Plan) -> None:
@@ -174,7 +185,8 @@ def l1_argv(plan: Plan, *, kernel_path: str, initramfs: str, disks: list[Path], 
 class Watcher:
     """Reads L1's reports and shows them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, verbose: bool) -> None:
+        self._verbose = verbose
         self.checks: list[tuple[str, bool]] = []
         self.done = False
         self.at = "boot"
@@ -195,7 +207,7 @@ class Watcher:
         elif kind == "end":
             self.checks.append((report["name"], report["ok"]))
             print(f"{'ok  ' if report['ok'] else 'FAIL'}  {report['name']} ({report['s']} s in L1)", flush=True)
-            if not report["ok"] or "-v" in sys.argv:
+            if not report["ok"] or self._verbose:
                 print("".join(f"      {line}\n" for line in report["text"].splitlines()), end="", flush=True)
         elif kind == "done":
             self.done = True
@@ -204,16 +216,18 @@ class Watcher:
 def watch(argv: list[str], plan: Plan) -> Verdict:
     """Run L1 to its end, or end it (by its pid) when it has been silent or at work for too long."""
     ours, theirs = _socket.socketpair()
-    watcher = Watcher()
+    leash, held = os.pipe2(os.O_CLOEXEC)
+    watcher = Watcher(verbose=plan.verbose)
     deadline = proc.Deadline(plan.deadline_s)
     lost = None
     try:
-        with proc.spawn(argv, fds={FD_REPORT: theirs.fileno()}) as machine:
+        with proc.spawn(argv, fds={FD_REPORT: theirs.fileno(), FD_LEASH: leash}) as machine:
+            proc.kill_with_us(machine.pid, leash)
             theirs.close()
             poller = select.poll()
             poller.register(ours.fileno(), select.POLLIN)
             while not watcher.done:
-                wait_s = min(SILENCE_S, deadline.left())
+                wait_s = min(plan.silence_s, deadline.left())
                 if not poller.poll(wait_s * 1000):
                     lost = (
                         f"no sign of life for {wait_s:.0f} s"
@@ -230,6 +244,8 @@ def watch(argv: list[str], plan: Plan) -> Verdict:
                 machine.wait(20)
     finally:
         ours.close()
+        os.close(leash)
+        os.close(held)
     return Verdict(watcher.checks, f"{lost}, at: {watcher.at}" if lost else None)
 
 
@@ -259,34 +275,48 @@ def engines(asked: str | None) -> list[str]:
     return ["qemu", "firecracker"]
 
 
-def main() -> int:
-    """Build, boot, watch; once more if the machine itself was lost. The exit code."""
-    parser = argparse.ArgumentParser(prog="./dev test-kvm", description="KVM, tried for real on an emulated KVM host.")
-    parser.add_argument("--deephaven", action="store_true", help="the full Deephaven snapshot; takes long")
-    parser.add_argument("--engine", help="qemu, firecracker, or both with a comma between")
-    parser.add_argument("-v", action="store_true", help="show what each check saw")
-    args = parser.parse_args()
-    version = config.DEFAULT_DEEPHAVEN if args.deephaven else config.BARE
-    plan = Plan(engines(args.engine), version, *((8192, 3600.0) if args.deephaven else (2560, 1500.0)))
-    stages, base = stages_disk(version)
-    disks = [l1_root(), stages]
+def once(plan: Plan, base: str, disks: list[Path]) -> Verdict:
+    """Boot and watch; once more if the machine itself was lost, which is said."""
     LOGS.mkdir(parents=True, exist_ok=True)
+    for old in sorted(LOGS.glob("*.log"))[:-LOGS_KEPT]:
+        old.unlink()
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    verdict = Verdict([], "not tried")
     for number in (1, 2):
         log = LOGS / f"{stamp}-{number}.log"
         verdict = attempt(plan, base, disks, log)
-        good = not verdict.lost and all(ok for _, ok in verdict.checks)
-        if not good:
+        if not verdict.good:
             print(f"      L1's console ({log}):")
             print("".join(f"      | {line}\n" for line in proc.tail(log.read_text(errors="replace"), 40).splitlines()))
         if verdict.lost is None:
             break
         print(f"LOST  L1: {verdict.lost}{'; trying once more' if number == 1 else ''}", flush=True)
-    passed = sum(ok for _, ok in verdict.checks)
-    failed = len(verdict.checks) - passed + bool(verdict.lost)
     if number == 2:
         print("note: the first L1 was lost, see above; this is the outcome of the second")
+    return verdict
+
+
+def main() -> int:
+    """Build what is missing, run, say how it went. The exit code."""
+    parser = argparse.ArgumentParser(prog="./dev test-kvm", description="KVM, tried for real on an emulated KVM host.")
+    parser.add_argument("--deephaven", action="store_true", help="the full Deephaven snapshot; takes long")
+    parser.add_argument("--engine", help="qemu, firecracker, or both with a comma between")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="the whole of it N times in a row")
+    parser.add_argument("-v", action="store_true", help="show what each check saw")
+    args = parser.parse_args()
+    version = config.DEFAULT_DEEPHAVEN if args.deephaven else config.BARE
+    size = (8192, 3600.0) if args.deephaven else (2560, 1500.0)
+    plan = Plan(engines(args.engine), version, *size, verbose=args.v)
+    stages, base = stages_disk(version)
+    disks = [l1_root(), stages]
+    passed = failed = 0
+    for number in range(1, args.runs + 1):
+        began = time.monotonic()
+        verdict = once(plan, base, disks)
+        good = sum(ok for _, ok in verdict.checks)
+        bad = len(verdict.checks) - good + bool(verdict.lost)
+        passed, failed = passed + good, failed + bad
+        if args.runs > 1:
+            print(f"run {number}: {good} passed, {bad} failed, {time.monotonic() - began:.0f} s", flush=True)
     print(f"test-kvm: {passed} passed, {failed} failed")
     return 0 if passed and not failed else 1
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from .. import machine, proc
+from .. import config, machine, proc
 from ..errors import DeadlineExceeded, HostError, UsageError
 from ..wire import client, frames
 from .options import Option, Values, help_text, parse, positive_integer, positive_number
@@ -24,6 +24,7 @@ OPTIONS = [
     Option("--vm", None, "run in a microVM of its own, restored from a snapshot"),
     Option("--version", "V", "Deephaven version (default: DHG_VERSION, or the newest snapshot)"),
     Option("--accel", "kvm|tcg", "refuse a snapshot that was made under the other (default: whichever it was)"),
+    Option("--engine", "qemu|firecracker", "which VMM's snapshot (default: DHG_ENGINE, or whichever there is)"),
     Option("--env", "NAME[=VALUE]", "pass an environment variable; may be repeated", repeat=True),
     Option("--timeout", "S", "end the run S seconds after the command began (exit 3)"),
     Option("--rows", "N", "rows of each table that the script leaves (default 10)"),
@@ -136,12 +137,15 @@ class Run:
         if values.flag("vm"):
             if values.text("host"):
                 raise UsageError("--vm and --host exclude each other")
-            accel = values.text("accel")
+            accel, engine = values.text("accel"), values.text("engine")
             if accel not in (None, "kvm", "tcg"):
                 raise UsageError(f"--accel takes kvm or tcg, not {accel!r}")
-            return machine.restore(values.text("version"), accel=accel)
-        if values.flag("accel"):
-            raise UsageError("--accel needs --vm")
+            if engine:
+                config.check_engine(engine)
+            return machine.restore(values.text("version"), engine=engine, accel=accel)
+        named = next((name for name in ("accel", "engine") if values.flag(name)), None)
+        if named:
+            raise UsageError(f"--{named} needs --vm")
         if values.text("version"):
             raise UsageError("--version needs --vm: without it the installed deephaven-server runs, or that of --host")
         if values.text("host"):

@@ -36,6 +36,8 @@ PREPARE = [
     ),
     Option("--vcpus", "N", "the VM's virtual CPUs (default: 2 with KVM, 1 without; bare: 1)"),
     Option("--accel", "auto|kvm|tcg", "auto takes KVM where it boots a stock kernel (default)"),
+    Option("--engine", "qemu|firecracker", "the VMM (default qemu; firecracker needs KVM)"),
+    Option("--firecracker", "PATH", "its program (default: DHG_FIRECRACKER, or firecracker on the PATH)"),
     Option("--force", None, "make the snapshot anew even if it is there"),
     _DEBUG,
     _HELP,
@@ -45,6 +47,7 @@ STATUS = [Option("--json", None, "one JSON object"), _DEBUG, _HELP]
 
 VERIFY = [
     Option("--version", "V", "which snapshot (default: DHG_VERSION, or the newest)"),
+    Option("--engine", "qemu|firecracker", "which VMM's snapshot (default: DHG_ENGINE, or whichever there is)"),
     Option("--restores", "N", "how many restores in a row (default 20)"),
     Option("--at-once", "N", "how many at the same time (default 2)"),
     Option("--json", None, "one JSON object"),
@@ -166,6 +169,11 @@ def prepare(argv: list[str]) -> int:
     accel = values.text("accel") or "auto"
     if accel not in ("auto", "kvm", "tcg"):
         raise UsageError(f"--accel takes auto, kvm or tcg, not {accel!r}")
+    engine = config.check_engine(values.text("engine") or ("firecracker" if values.text("firecracker") else "qemu"))
+    if engine == "qemu" and values.text("firecracker"):
+        raise UsageError("--firecracker needs --engine firecracker")
+    if engine == "firecracker" and accel == "tcg":
+        raise UsageError("Firecracker has no software emulation: leave --accel tcg out")
     from ..snapshot import build
 
     display = Display()
@@ -175,6 +183,8 @@ def prepare(argv: list[str]) -> int:
             memory_mib=config.parse_size_mib(memory) if memory else None,
             vcpus=positive_integer("--vcpus", vcpus) if vcpus else None,
             accel=accel,
+            engine=engine,
+            binary=values.text("firecracker"),
             force=values.flag("force"),
             progress=display,
         )
@@ -246,10 +256,12 @@ def verify(argv: list[str]) -> int:
     if values is None:
         return 0
     restores, together = values.text("restores"), values.text("at_once")
+    engine = values.text("engine")
     from .. import verify as verifier
 
     checks = verifier.verify(
         values.text("version"),
+        engine=config.check_engine(engine) if engine else None,
         restores=positive_integer("--restores", restores) if restores else 20,
         together=positive_integer("--at-once", together) if together else 2,
     )

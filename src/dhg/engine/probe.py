@@ -18,9 +18,10 @@ from ..errors import DhgError, HostError
 from ..files import private_dir
 
 #: A stock kernel takes about a second under KVM, far longer where that KVM is itself in an emulated VM. A KVM that cannot boot
-#: one is given up after so long without a word on the guest's console, once per machine.
-PROBE_SILENCE_S = 10.0
-PROBE_TIMEOUT_S = 90.0
+#: one is given up, once per machine, when the guest's console has not begun after so long, has paused for so long, or is not done.
+PROBE_FIRST_WORD_S = 10.0
+PROBE_SILENCE_S = 30.0
+PROBE_TIMEOUT_S = 120.0
 PROBE_TOKEN = "dhg-probe-ok"
 
 
@@ -103,7 +104,7 @@ def probe_argv(qemu: str, kernel: str, initramfs: str) -> list[str]:
 def probe_kvm(qemu: str, kernel: str, initramfs: bytes) -> Kvm:
     """Boot `kernel` under KVM with an `initramfs` whose init prints PROBE_TOKEN.
 
-    Takes at most PROBE_SILENCE_S where nothing comes of it, at most PROBE_TIMEOUT_S in any case.
+    Where no guest begins to run it takes at most PROBE_FIRST_WORD_S; in any case at most PROBE_TIMEOUT_S.
     """
     closed = kvm_device()
     if closed is not None:
@@ -134,7 +135,7 @@ def _console(argv: list[str]) -> tuple[str, str]:
             poller = select.poll()
             poller.register(reader, select.POLLIN)
             while not late:
-                wait_s = min(PROBE_SILENCE_S, deadline.left())
+                wait_s = min(PROBE_SILENCE_S if data else PROBE_FIRST_WORD_S, deadline.left())
                 if not poller.poll(wait_s * 1000):
                     late = (
                         b"silent for %.0f s, last: " % wait_s

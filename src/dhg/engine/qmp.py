@@ -124,6 +124,10 @@ class Vm:
         for sock in (self.qmp.socket, self.control, self.stdout, self.stderr, self.stdin):
             sock.close()
 
+    def wait_resumed(self, *, deadline: proc.Deadline) -> tuple[int, int, int]:
+        """See `wait_resumed` below."""
+        return wait_resumed(self, deadline=deadline)
+
     def said(self) -> str | None:
         """The last that QEMU said of itself, if it is kept."""
         if self._log < 0:
@@ -196,12 +200,17 @@ def start(argv: Sequence[str], *, state: int, lock: int, memory_mib: int) -> Vm:
         os.close(log)
         raise
     proc.limit(vm.process.pid, address_space_bytes=memory_mib + OVERHEAD_MIB << 20)
+    load(vm)
+    return vm
+
+
+def load(vm: Vm) -> None:
+    """Have a QEMU that was started with FD_STATE load its state, and so resume; does not wait."""
     vm.qmp.send(
         CAPABILITIES,
         SET_CAPABILITIES,
         b'{"execute":"migrate-incoming","arguments":{"uri":"fd:%d"}}\n' % FD_STATE,
     )
-    return vm
 
 
 def wait_resumed(vm: Vm, *, deadline: proc.Deadline) -> tuple[int, int, int]:

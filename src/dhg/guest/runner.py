@@ -23,10 +23,14 @@ import threading
 import time
 import types
 from _signal import signal as _set_handler
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ..wire import frames
 from . import exchange, preview, reseed, script, stdio
+
+if TYPE_CHECKING:
+    from . import vsock
 
 RUN_DIR = "/run/dhg"
 REHEARSALS = 20
@@ -86,6 +90,8 @@ class Runner:
         if clone:
             self._urandom = os.open("/dev/urandom", os.O_RDWR)
             self._machine_id = map_machine_id()
+        #: Makes the channels anew where they were lost before a request came; gets and returns the control channel's descriptor.
+        self.meet: Callable[[int], int] | None = None
 
     def own_main(self) -> None:
         """Give the script a `__main__` of its own, as the interpreter makes it."""
@@ -117,6 +123,11 @@ class Runner:
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         fcntl.fcntl(self.control, F_SETOWN_EX, struct.pack("ii", F_OWNER_TID, threading.get_native_id()))
         fcntl.fcntl(self.control, fcntl.F_SETFL, fcntl.fcntl(self.control, fcntl.F_GETFL) | os.O_ASYNC)
+
+    def use(self, control: int) -> None:
+        """Go over to another control channel."""
+        self.control = control
+        self.prepare_interrupt()
 
     def watch_for_interrupt(self) -> None:
         """From now on an INTERRUPT interrupts the thread that called `prepare_interrupt`."""
@@ -168,13 +179,25 @@ class Runner:
                 os.close(fd)
             os.close(null)
 
-    def serve(self) -> None:
-        """Wait for the request, run it, report. Returns when the result is with the host."""
+    def _next_frame(self) -> tuple[int, bytes]:
+        """The frame that is no question about the clock; those are answered."""
         kind, payload = read_frame(self.control)
         while kind == frames.CLOCK:
             answer = frames.field(frames.F_BASE_NS, time.monotonic_ns())
             stdio.write_all(self.control, frames.frame(frames.CLOCK, answer))
             kind, payload = read_frame(self.control)
+        return kind, payload
+
+    def serve(self) -> None:
+        """Wait for the request, run it, report. Returns when the result is with the host."""
+        while True:
+            try:
+                kind, payload = self._next_frame()
+                break
+            except (EOFError, ConnectionError):
+                if self.meet is None:
+                    raise
+                self.use(self.meet(self.control))
         woken = time.monotonic_ns()
         if kind != frames.REQUEST:
             raise frames.FrameError(f"kind {kind} instead of a request")
@@ -220,9 +243,31 @@ def hello(versions: dict[str, str]) -> bytes:
     return frames.frame(frames.HELLO, payload)
 
 
+def vsock_channels() -> vsock.Channels | None:
+    """The channels under Firecracker, None under QEMU. Forks there, and returns in the child."""
+    with open("/proc/cmdline") as file:
+        if "dhg.channels=vsock" not in file.read().split():
+            return None
+    from . import vsock
+
+    return vsock.Channels(vsock.keep(), hello({}))
+
+
+def attach_ports(there: bool) -> int:
+    """Make the script's streams: over the ports that `init` has linked, or where the channels come later over nothing.
+
+    The descriptor of what is to be its stdin.
+    """
+    names = [f"{RUN_DIR}/{name}" if there else "/dev/null" for name in ("stdin", "stdout", "stderr")]
+    return stdio.attach(
+        *(os.open(name, flags) for name, flags in zip(names, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True))
+    )
+
+
 def main_vm() -> None:
     """In a VM: start the server, warm up, wait to be frozen, run one request, wait to be killed."""
-    control = os.open(f"{RUN_DIR}/control", os.O_RDWR)
+    channels = vsock_channels()
+    control = os.open(f"{RUN_DIR}/control", os.O_RDWR) if channels is None else channels.prepare()
     from . import warmup
 
     # A script's `import dhg` is its own affair.
@@ -230,12 +275,10 @@ def main_vm() -> None:
     runner = Runner(control, clone=True)
     runner.own_main()
     versions = warmup.warm_up(runner, lambda text: log(control, text))
-    ports = (f"{RUN_DIR}/{name}" for name in ("stdin", "stdout", "stderr"))
-    runner.stdin = stdio.attach(
-        *(os.open(port, flags) for port, flags in zip(ports, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True))
-    )
+    runner.stdin = attach_ports(channels is None)
     runner.prepare_interrupt()
     script.settle()
+    reseed.python(runner.cells)
     runner.rehearse()
     gc.collect()
     gc.freeze()
@@ -243,9 +286,16 @@ def main_vm() -> None:
         pass
     greeting = hello(versions)
     warmup.shrink()
-    warmup.settle_generators(runner)
+    if runner.jvm is not None:
+        warmup.collect_java()
+        runner.jvm.find(runner.cells)
+        runner.jvm.check()
     warmup.wait_for_quiet()
     stdio.write_all(control, greeting)
+    if channels is not None:
+        # Frozen in there. The connection of the preparing host is left open: closing it would make the VM busy just now.
+        channels.stdin, runner.meet = runner.stdin, channels.meet
+        runner.use(channels.meet(-1))
     runner.serve()
     # The host kills the VM as soon as it has the result; whatever the script left running may go on until then.
     threading.Event().wait()

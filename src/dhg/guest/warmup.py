@@ -97,15 +97,6 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     return versions
 
 
-def settle_generators(runner: Any) -> None:
-    """Find the random number generators' states for the runner. Nothing may be collected after this."""
-    reseed.python(runner.cells)
-    if runner.jvm is not None:
-        collect_java()
-        runner.jvm.find(runner.cells)
-        runner.jvm.check()
-
-
 def warm_up_bare(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     """What `warm_up` does, for an image with Python only."""
     log("a bare Python")

@@ -249,6 +249,20 @@ def kernel_image(base: str) -> str:
     return f"{boot}/{names[0]}"
 
 
+def vmlinux(base: str) -> str:
+    """Path of the uncompressed kernel of a base stage, a stage of its own."""
+
+    def build(tmp: str) -> None:
+        with open(kernel_image(base), "rb") as file:
+            elf = kernel.vmlinux(file.read())
+        with open(f"{tmp}/vmlinux", "wb") as out:
+            out.write(elf)
+
+    return (
+        cached("vmlinux", stage_key(os.path.basename(base), os.path.basename(kernel_image(base))), build) + "/vmlinux"
+    )
+
+
 def initramfs(base: str) -> tuple[bytes, str]:
     """Stage 3, made in memory: the initramfs, and the digest of the guest's own files in it."""
     files = kernel.guest_files()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import struct
+import zlib
 
 from ..errors import ImageError
+from . import lz4
 from .cpio import Archive
 
 #: What the guest needs beyond what is built in. fuse: the host's files; vsock: the channel under Firecracker.
@@ -111,6 +115,34 @@ def guest_archive(files: dict[str, bytes]) -> bytes:
     for name, data in files.items():
         archive.file(name, data, mode=0o755 if name == "init" else 0o644)
     return archive.whole()
+
+
+def vmlinux(image: bytes) -> bytes:
+    """The uncompressed ELF kernel inside a bzImage, which is what Firecracker boots. Raises `ImageError`.
+
+    The setup header says where the compressed kernel is (Documentation/arch/x86/boot.rst: setup_sects, payload_offset and
+    payload_length, the latter two relative to the protected-mode code, from protocol 2.08 on).
+    """
+    if len(image) < 0x250 or image[0x202:0x206] != b"HdrS" or image[0x206:0x208] < b"\x08\x02":
+        raise ImageError("the kernel is no bzImage of boot protocol 2.08 or newer")
+    code = ((image[0x1F1] or 4) + 1) * 512
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    payload = image[code + offset : code + offset + length]
+    try:
+        if payload.startswith(b"\xfd7zXZ\0"):
+            # The kernel's build appends the size to what xz wrote; the decompressor stops before it.
+            elf = lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload)
+        elif payload.startswith(lz4.MAGIC):
+            elf = lz4.decompress(payload)
+        elif payload.startswith(b"\x1f\x8b"):
+            elf = zlib.decompressobj(wbits=31).decompress(payload)
+        else:
+            raise ImageError(f"the kernel is compressed in a way that is not known: {payload[:6].hex()}")
+    except (lzma.LZMAError, zlib.error) as error:
+        raise ImageError(f"the kernel inside the bzImage is damaged: {error}") from error
+    if not elf.startswith(b"\x7fELF"):
+        raise ImageError("what is inside the bzImage is no ELF file")
+    return elf
 
 
 def probe_initramfs(busybox: bytes, word: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import datetime
 import hashlib
 import json
@@ -14,14 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import __version__, config, proc
-from ..engine import probe, qemu, qmp
+from ..engine import firecracker, probe, qemu
 from ..errors import DeadlineExceeded, DhgError, HostError, ProtocolError, SnapshotError
 from ..files import locked, private_dir, remove_tree, sync_dir
 from ..image import build as image
 from ..image.kernel import stub as kernel_stub
 from ..machine import Machine
+from ..pager import process as pager
 from ..wire import client, frames
-from . import inventory, store
+from . import engines, inventory, store
 
 #: From power-on to HELLO: two minutes under TCG on two busy cores; more on a machine that does other things, too.
 BOOT_TIMEOUT_S = 900.0
@@ -38,7 +40,7 @@ PROGRAMS = {"base": ("mmdebstrap", "tar", "dpkg-deb"), "image": ("mkfs.erofs", "
 PACKAGES = {"mmdebstrap": "mmdebstrap", "mkfs.erofs": "erofs-utils", "tar": "tar", "dpkg-deb": "dpkg"}
 
 
-def check_host(version: str, memory_mib: int) -> None:
+def check_host(version: str, memory_mib: int, engine: str, binary: str | None) -> None:
     """What `prepare` needs is there: programs, disk, memory. Raises `HostError` that says what to install or free."""
     to_build = image.missing_stages(version)
     programs = {program for stage in to_build for program in PROGRAMS[stage]}
@@ -47,7 +49,7 @@ def check_host(version: str, memory_mib: int) -> None:
         raise HostError(
             f"missing programs; packages: {', '.join(missing)}", hint=f"apt-get install {' '.join(missing)}"
         )
-    probe.qemu_path()
+    engines.version(engine, engines.program(engine, binary))
     root = private_dir(config.home())
     free = shutil.disk_usage(root).free
     disk_mib = {"base": 1024, "image": 512 if version == config.BARE else 1792}
@@ -83,27 +85,29 @@ def prepare(
     memory_mib: int | None = None,
     vcpus: int | None = None,
     accel: str = "auto",
+    engine: str = "qemu",
+    binary: str | None = None,
     force: bool = False,
     progress: Progress,
 ) -> str:
     """Make the snapshot of a Deephaven version unless one of the same inputs is there; the generation's path.
 
     `version` is a release, `latest`, `bare`, or None for the release that this dhg was tested with; `memory_mib` and `vcpus` have
-    defaults that depend on it and on the acceleration. After a failure nothing but the caches of the stages that succeeded
-    remains; an older snapshot stays in place.
+    defaults that depend on it and on the acceleration; `binary` names Firecracker's program. After a failure nothing but the
+    caches of the stages that succeeded remains; an older snapshot stays in place.
     """
     progress("check", "programs, disk, memory")
     version = image.resolve_version(version or config.DEFAULT_DEEPHAVEN)
     bare = version == config.BARE
     memory_mib = memory_mib or (config.DEFAULT_BARE_MEMORY_MIB if bare else config.DEFAULT_MEMORY_MIB)
-    check_host(version, memory_mib)
+    check_host(version, memory_mib, engine, binary)
     log = f"{private_dir(config.home() + '/log')}/prepare-{version}.log"
     with open(log, "w"):
         pass
     # Shared: `clean --all` waits for nobody, it leaves the caches alone while any prepare is at work.
     with locked(f"{config.home()}/.prepare-lock", shared=True):
         try:
-            return _prepare(version, memory_mib, vcpus, accel, force, progress, log)
+            return _prepare(version, memory_mib, vcpus, accel, engine, binary, force, progress, log)
         except DhgError as error:
             if error.hint is None:
                 error.hint = f"the whole log is in {log}"
@@ -111,55 +115,63 @@ def prepare(
 
 
 def _prepare(
-    version: str, memory_mib: int, vcpus: int | None, accel: str, force: bool, progress: Progress, log: str
+    version: str,
+    memory_mib: int,
+    vcpus: int | None,
+    accel: str,
+    engine: str,
+    binary: str | None,
+    force: bool,
+    progress: Progress,
+    log: str,
 ) -> str:
     progress("base system", "Debian, a JRE, the kernel")
     base = image.base_system(log)
     # Before the root image, which takes minutes the first time: --accel kvm in vain should end early.
     progress("acceleration", "")
-    accel, reason = pick_acceleration(accel, base)
+    accel, reason = ("kvm", engines.require_kvm(base)) if engine == "firecracker" else pick_acceleration(accel, base)
     progress("acceleration", f"{accel} ({reason})")
     progress("root image", config.title(version))
     root = image.root_image(base, version, log)
     vcpus = vcpus or (1 if version == config.BARE else DEFAULT_VCPUS[accel])
     initramfs, runner = image.initramfs(base)
-    binary = probe.qemu_path()
+    program = engines.program(engine, binary)
     folder = private_dir(f"{config.snapshots_dir()}/{version}")
     inputs: dict[str, Any] = {
         "deephaven": version,
-        "engine": "qemu",
-        "engine_path": os.path.realpath(binary),
-        "engine_version": probe.qemu_version(binary),
+        "engine": engine,
+        "engine_path": program,
+        "engine_version": engines.version(engine, program),
         "accel": accel,
         "memory_mib": memory_mib,
         "vcpus": vcpus,
         "kernel": os.path.basename(image.kernel_image(base)),
-        "kernel_args": qemu.KERNEL_ARGS,
+        "kernel_args": engines.kernel_args(engine),
         "initramfs": hashlib.sha256(initramfs).hexdigest(),
         "runner": runner,
         "image": os.path.basename(root),
         "host_cpu": proc.cpu_model() if accel == "kvm" else "",
     }
     with locked(f"{folder}/.prepare-lock"):
-        link = f"{folder}/qemu"
+        link = f"{folder}/{engine}"
         if not force and _same(link, inputs):
             progress("snapshot", "already there")
             return os.path.realpath(link)
         inventory.sweep(folder)
-        name = f".qemu-{secrets.token_hex(6)}"
+        name = f".{engine}-{secrets.token_hex(6)}"
         tmp = f"{folder}/{name}.tmp"
         os.mkdir(tmp, 0o700)
         try:
-            spec = qemu.Spec(
-                qemu=os.path.realpath(binary),
+            spec = engines.make_spec(
+                engine,
+                program,
                 accel=accel,
                 memory_mib=memory_mib,
                 vcpus=vcpus,
-                kernel=image.kernel_image(base),
+                base=base,
                 initramfs=f"{tmp}/initramfs",
                 stub=f"{folder}/{name}/kernel",
-                image=f"{root}/root.erofs",
-                tsc_khz=probe.tsc_khz(),
+                root=f"{root}/root.erofs",
             )
             _fill(tmp, f"{folder}/{name}", spec, initramfs, inputs, version, progress)
             os.rename(tmp, f"{folder}/{name}")
@@ -170,7 +182,7 @@ def _prepare(
             raise
         try:
             progress("trial", "restore it once")
-            _try(f"{folder}/{name}", version)
+            _try(f"{folder}/{name}", version, engine)
         except BaseException:
             remove_tree(f"{folder}/{name}")
             raise
@@ -187,7 +199,7 @@ def _same(link: str, inputs: dict[str, Any]) -> bool:
             found = json.load(file)
         if found.get("inputs") != inputs or found.get("format") != store.FORMAT:
             return False
-        os.close(store.open_snapshot(inputs["deephaven"]).lock)
+        os.close(store.open_snapshot(inputs["deephaven"], engine=inputs["engine"]).lock)
     except (OSError, ValueError, DhgError):
         return False
     return True
@@ -202,39 +214,40 @@ def _keep_console(tmp: str, log: str) -> None:
 
 
 def _fill(
-    tmp: str, final: str, spec: qemu.Spec, initramfs: bytes, inputs: dict[str, Any], version: str, progress: Progress
+    tmp: str, final: str, spec: engines.Spec, initramfs: bytes, inputs: dict[str, Any], version: str, progress: Progress
 ) -> None:
     began = time.monotonic()
     _write(f"{tmp}/initramfs", initramfs)
-    with open(spec.kernel, "rb") as kernel:
-        _write(f"{tmp}/kernel", kernel_stub(kernel.read()))
+    own = ["ram", "state"]
+    if isinstance(spec, qemu.Spec):
+        own.append("kernel")
+        with open(spec.kernel, "rb") as kernel:
+            _write(f"{tmp}/kernel", kernel_stub(kernel.read()))
     _write(f"{tmp}/lock", b"")
     console = os.open(f"{tmp}/console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    state = os.open(f"{tmp}/state", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     ram = f"{tmp}/ram.boot"
-    _write(ram, b"")
-    os.truncate(ram, spec.memory_mib << 20)
     progress("boot", f"{spec.accel}, {spec.memory_mib} MiB, {spec.vcpus} vCPUs")
     try:
-        with qemu.boot(spec, ram, console=console) as vm:
-            qmp.prepare_freeze(vm, state)
-            versions = _wait_hello(vm, progress)
-            if version != config.BARE and "deephaven" not in versions:
-                raise SnapshotError(f"the guest is up without Deephaven; it names {versions}")
-            qmp.freeze(vm, state)
+        versions = engines.boot_and_freeze(
+            spec,
+            tmp,
+            ram,
+            console=console,
+            wait_hello=lambda vm: _ready(vm, version, progress),
+            timeout_s=BOOT_TIMEOUT_S,
+        )
     except DhgError as error:
         with open(f"{tmp}/console.log", errors="replace") as file:
             error.detail = proc.tail(file.read()) or error.detail
         raise
     finally:
         os.close(console)
-        os.close(state)
     progress("compact", "")
     digest = copy_sparse(ram, f"{tmp}/ram")
     os.unlink(ram)
     os.unlink(spec.initramfs)
     files = {"ram": {"size": spec.memory_mib << 20, "disk": os.stat(f"{tmp}/ram").st_blocks * 512, "sha256": digest}}
-    for name in ("state", "kernel"):
+    for name in own[1:]:
         with open(f"{tmp}/{name}", "rb") as data:
             content = data.read()
         files[name] = {"size": len(content), "disk": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -251,15 +264,16 @@ def _fill(
     with open(os.path.dirname(spec.image) + "/packages.json") as packages:
         manifest["packages"] = json.load(packages)
     _write(f"{tmp}/manifest.json", json.dumps(manifest, indent=1).encode())
-    checked = [spec.qemu, spec.image]
+    checked = [engines.binary_of(spec), spec.image]
     launch = store.launch_bytes(
         version=version,
-        engine="qemu",
+        engine=inputs["engine"],
+        engine_version=inputs["engine_version"],
         accel=spec.accel,
         memory_mib=spec.memory_mib,
-        argv=qemu.restore_argv(spec, f"{final}/ram"),
+        argv=engines.restore_argv(spec, f"{final}/ram"),
         checked=checked,
-        own=[(f"{tmp}/{name}", f"{final}/{name}") for name in ("ram", "state", "kernel")],
+        own=[(f"{tmp}/{name}", f"{final}/{name}") for name in own],
     )
     _write(f"{tmp}/launch", launch)
     sync_dir(tmp)
@@ -273,17 +287,25 @@ def _write(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _wait_hello(vm: qmp.Vm, progress: Progress) -> dict[str, str]:
+def _ready(vm: Any, version: str, progress: Progress) -> dict[str, str]:
+    """Wait until the guest of a VM is ready to be frozen; the versions it names. Raises `SnapshotError` if something is missing."""
+    versions = _wait_hello(vm.control, progress)
+    if version != config.BARE and "deephaven" not in versions:
+        raise SnapshotError(f"the guest is up without Deephaven; it names {versions}")
+    return versions
+
+
+def _wait_hello(control: _socket.socket, progress: Progress) -> dict[str, str]:
     """Wait for the guest's HELLO, showing what it logs; the versions it names."""
     deadline = proc.Deadline(BOOT_TIMEOUT_S)
     decoder = frames.Decoder()
     poller = select.poll()
-    poller.register(vm.control.fileno(), select.POLLIN)
+    poller.register(control.fileno(), select.POLLIN)
     while True:
         if not poller.poll(deadline.left() * 1000):
             raise DeadlineExceeded(f"the guest was not ready within {BOOT_TIMEOUT_S:g} s")
         try:
-            data = vm.control.recv(65536)
+            data = control.recv(65536)
         except ConnectionError:
             data = b""
         if not data:
@@ -343,7 +365,7 @@ RESUME_WITHIN_NS = 5_000_000
 TRIES = 5
 
 
-def _try(path: str, version: str) -> None:
+def _try(path: str, version: str, engine: str) -> None:
     """Restore the new generation and run a script: a VMM that cannot do it must show here, not in `exec`.
 
     Then find what the guest's monotonic clock says at the moment of a resume, and add it to `launch`.
@@ -351,7 +373,7 @@ def _try(path: str, version: str) -> None:
     output: list[bytes] = []
     lock = os.open(f"{path}/lock", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        snapshot = store.read(path, version, "qemu", lock)
+        snapshot = store.read(path, version, engine, lock)
         with Machine(snapshot) as machine:
             request = client.Request(b"print(6 * 7)")
             result = machine.run(request, stdout=output.append, stderr=output.append, deadline=proc.Deadline(120.0))
@@ -362,6 +384,8 @@ def _try(path: str, version: str) -> None:
             with Machine(snapshot) as machine:
                 base_ns, off_ns = machine.measure_base(rounds=CLOCK_ROUNDS, timeout_s=120.0)
             found.append((off_ns, base_ns))
+        if engine == "firecracker":
+            _record_working_set(snapshot)
     finally:
         os.close(lock)
     with open(f"{path}/launch", "rb") as file:
@@ -369,3 +393,36 @@ def _try(path: str, version: str) -> None:
     _write(f"{path}/launch.tmp", launch + frames.field(store.L_BASE_NS, min(found)[1]))
     os.rename(f"{path}/launch.tmp", f"{path}/launch")
     sync_dir(path)
+
+
+#: What a typical script touches: an import, a table with a formula, an aggregation, a preview.
+TYPICAL = b"""
+from deephaven import agg, empty_table
+t = empty_table(1000).update(["x = i", "y = x * 2.0", "g = i % 7"])
+s = t.agg_by([agg.sum_("x"), agg.avg("y")], by=["g"])
+print(s.size)
+"""
+
+
+def _record_working_set(snapshot: store.Snapshot) -> None:
+    """Restore once more and note which pages a typical script touches; later restores have those before the guest goes on."""
+    output: list[bytes] = []
+
+    def start(what: store.Snapshot) -> firecracker.Vm:
+        return firecracker.start(
+            what.path,
+            what.argv[0],
+            version=what.engine_version,
+            lock=what.lock,
+            memory_mib=what.memory_mib,
+            mode=pager.RECORD,
+        )
+
+    with Machine(snapshot, start) as machine:
+        source = TYPICAL if snapshot.version[0].isdigit() else b"print(6 * 7)"
+        request = client.Request(source, flags=frames.FLAG_TABLES)
+        result = machine.run(request, stdout=output.append, stderr=output.append, deadline=proc.Deadline(120.0))
+        if result.exit_code:
+            raise SnapshotError("the script that records the working set failed", detail=repr(b"".join(output)))
+        assert isinstance(machine.vm, firecracker.Vm)
+        firecracker.record(machine.vm)

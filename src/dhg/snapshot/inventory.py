@@ -12,7 +12,7 @@ from .. import config, proc
 from ..engine import probe
 from ..errors import DhgError, SnapshotError, SnapshotMissing
 from ..files import remove_tree, try_lock
-from . import store
+from . import engines, store
 
 ENGINES = ("qemu", "firecracker")
 
@@ -67,9 +67,9 @@ def check(path: str, version: str, engine: str, inputs: dict[str, Any]) -> None:
         raise SnapshotError(f"damaged: there is no {error.filename}") from None
     finally:
         os.close(lock)
-    now = probe.qemu_version(inputs["engine_path"])
+    now = engines.version(engine, inputs["engine_path"])
     if now != inputs["engine_version"]:
-        raise SnapshotError(f"made with QEMU {inputs['engine_version']}; here is {now}")
+        raise SnapshotError(f"made with {engines.title(engine)} {inputs['engine_version']}; here is {now}")
 
 
 def in_use(path: str) -> bool:
@@ -263,7 +263,7 @@ def clean(*, version: str | None = None, everything: bool = False) -> Cleaned:
         names = []
     for name in names:
         _clean_version(f"{root}/{name}", result, snapshots=everything)
-    for stage in ("base", "image"):
+    for stage in ("base", "image", "vmlinux"):
         _clean_stage(f"{config.cache_dir()}/{stage}", result, everything=everything)
     return result
 

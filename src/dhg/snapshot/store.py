@@ -37,13 +37,14 @@ L_VERSION = 5
 L_ENGINE = 6
 L_MEMORY_MIB = 8
 L_CPU = 9  # the CPU of the host that made it, where the guest sees that CPU (KVM)
+L_ENGINE_VERSION = 16  # where the restore depends on it
 L_BASE_NS = 7  # the guest's monotonic clock at the moment of a resume
 
 
 class Snapshot:
     """A snapshot that is locked against removal; `lock` is a descriptor to pass to the VMM and then close."""
 
-    __slots__ = ("accel", "argv", "base_ns", "engine", "lock", "memory_mib", "path", "version")
+    __slots__ = ("accel", "argv", "base_ns", "engine", "engine_version", "lock", "memory_mib", "path", "version")
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Snapshot:
         *,
         memory_mib: int,
         base_ns: int,
+        engine_version: str = "",
     ) -> None:
         self.path = path
         self.version = version
@@ -65,6 +67,8 @@ class Snapshot:
         self.argv = argv
         self.lock = lock
         self.memory_mib = memory_mib
+        #: The VMM's version, where a restore depends on it.
+        self.engine_version = engine_version
         #: The guest's monotonic clock at the moment of a resume; 0 while it is not known.
         self.base_ns = base_ns
 
@@ -117,15 +121,18 @@ def resolve_version(version: str | None) -> str:
     return found[0]
 
 
-def open_snapshot(version: str | None = None, *, engine: str = "qemu", accel: str | None = None) -> Snapshot:
+def open_snapshot(version: str | None = None, *, engine: str | None = None, accel: str | None = None) -> Snapshot:
     """Look a snapshot up, check that it fits, and lock it against removal.
 
+    `engine` is qemu or firecracker; by default `DHG_ENGINE`, then whichever has a snapshot, QEMU first.
     A snapshot runs under the acceleration that it was made with; one made with another than `accel`, if given, is refused.
 
     Raises `SnapshotMissing` if there is none of that version, `SnapshotError` if it is damaged or does not fit this host.
     """
     version = resolve_version(version)
-    link = f"{config.snapshots_dir()}/{version}/{engine}"
+    folder = f"{config.snapshots_dir()}/{version}"
+    engine = engine or config.engine() or _engine_in(folder)
+    link = f"{folder}/{engine}"
     # A prepare may replace the generation between our look at the link and our lock.
     name = None
     while True:
@@ -161,6 +168,12 @@ def open_snapshot(version: str | None = None, *, engine: str = "qemu", accel: st
             raise
 
 
+def _engine_in(folder: str) -> str:
+    if not os.path.lexists(f"{folder}/qemu") and os.path.lexists(f"{folder}/firecracker"):
+        return "firecracker"
+    return "qemu"
+
+
 def _lock(path: str) -> int:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     # Whoever holds it exclusively looks whether it is in use, or is removing it, and is done in a moment.
@@ -193,6 +206,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         accel = frames.text(found[L_ACCEL][0])
         memory_mib = frames.integer(found[L_MEMORY_MIB][0])
         base_ns = frames.integer(found[L_BASE_NS][0]) if L_BASE_NS in found else 0
+        engine_version = frames.text(found[L_ENGINE_VERSION][0]) if L_ENGINE_VERSION in found else ""
         for size, mtime_ns, name in checks:
             seen = stat_check(os.fsdecode(name))
             if seen != (int(size), int(mtime_ns)):
@@ -204,7 +218,9 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
             _check_kvm(version, frames.text(found[L_CPU][0]))
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
-    return Snapshot(path, version, engine, accel, argv, lock, memory_mib=memory_mib, base_ns=base_ns)
+    return Snapshot(
+        path, version, engine, accel, argv, lock, memory_mib=memory_mib, base_ns=base_ns, engine_version=engine_version
+    )
 
 
 def _check_kvm(version: str, cpu: str) -> None:
@@ -240,6 +256,7 @@ def launch_bytes(
     argv: list[str],
     checked: list[str],
     own: list[tuple[str, str]],
+    engine_version: str = "",
 ) -> bytes:
     """The contents of `launch`; `checked` are files whose size and time are recorded, `own` those of the generation, as
     (path now, path later)."""
@@ -250,4 +267,6 @@ def launch_bytes(
         data += frames.field(L_CHECK, b"%d %d %s" % (found.st_size, found.st_mtime_ns, os.fsencode(later)))
     if accel == "kvm":
         data += frames.field(L_CPU, proc.cpu_model())
+    if engine == "firecracker":
+        data += frames.field(L_ENGINE_VERSION, engine_version)
     return data + frames.field(L_ACCEL, accel) + frames.field(L_VERSION, version) + frames.field(L_ENGINE, engine)

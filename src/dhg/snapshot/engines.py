@@ -1,0 +1,128 @@
+"""What `prepare` needs to know of each engine: its program, its inputs, how it boots and freezes, how a restore is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ..engine import firecracker, probe, qemu, qmp
+from ..errors import HostError
+from ..image import build as image
+
+Spec = qemu.Spec | firecracker.Spec
+#: Waits for the guest's HELLO; the versions that it names.
+WaitHello = Callable[[Any], dict[str, str]]
+
+
+def program(engine: str, given: str | None = None) -> str:
+    """The path of an engine's VMM; `given` is what the user named for Firecracker. Raises `HostError`."""
+    if engine == "firecracker":
+        return os.path.realpath(firecracker.path(given))
+    return os.path.realpath(probe.qemu_path())
+
+
+def version(engine: str, binary: str) -> str:
+    """What a VMM says of its version. Raises `HostError`."""
+    return firecracker.version_of(binary) if engine == "firecracker" else probe.qemu_version(binary)
+
+
+def title(engine: str) -> str:
+    """The engine's name for people."""
+    return {"qemu": "QEMU", "firecracker": "Firecracker"}[engine]
+
+
+def kernel_args(engine: str) -> str:
+    """The kernel's command line but for what depends on the host."""
+    return firecracker.KERNEL_ARGS if engine == "firecracker" else qemu.KERNEL_ARGS
+
+
+def require_kvm(base: str) -> str:
+    """That KVM works, as far as can be told before Firecracker itself tries; why we think so. Raises `HostError`."""
+    found = probe.kvm_device()
+    if found is None:
+        try:
+            found = probe.kvm(
+                probe.qemu_path(), image.kernel_image(base), image.probe_initramfs(base, probe.PROBE_TOKEN)
+            )
+        except HostError:
+            return "/dev/kvm opens; without QEMU it is not tried beforehand"
+    if not found.usable:
+        raise HostError(
+            f"Firecracker needs KVM, which does not work here: {found.reason}",
+            hint="leave --engine out: QEMU runs everywhere",
+        )
+    return found.reason
+
+
+def make_spec(
+    engine: str,
+    binary: str,
+    *,
+    accel: str,
+    memory_mib: int,
+    vcpus: int,
+    base: str,
+    initramfs: str,
+    stub: str,
+    root: str,
+) -> Spec:
+    """What a VM is made of; `stub` is the head of the kernel, for a restore with QEMU."""
+    if engine == "firecracker":
+        return firecracker.Spec(
+            binary,
+            firecracker.version_of(binary),
+            memory_mib=memory_mib,
+            vcpus=vcpus,
+            kernel=image.vmlinux(base),
+            initramfs=initramfs,
+            image=root,
+        )
+    return qemu.Spec(
+        qemu=binary,
+        accel=accel,
+        memory_mib=memory_mib,
+        vcpus=vcpus,
+        kernel=image.kernel_image(base),
+        initramfs=initramfs,
+        stub=stub,
+        image=root,
+        tsc_khz=probe.tsc_khz(),
+    )
+
+
+def boot_and_freeze(
+    spec: Spec, folder: str, ram: str, *, console: int, wait_hello: WaitHello, timeout_s: float
+) -> dict[str, str]:
+    """Boot a VM and freeze it when it is ready: `state` in `folder` and the memory in the file `ram`; the guest's versions.
+
+    Raises `MachineError`, `DeadlineExceeded`, what `wait_hello` raises. No VM is left in any case.
+    """
+    state = f"{folder}/state"
+    if isinstance(spec, firecracker.Spec):
+        with firecracker.boot(spec, console=console, timeout_s=timeout_s) as vm:
+            versions = wait_hello(vm)
+            firecracker.freeze(vm, state, ram)
+        os.chmod(state, 0o600)
+        return versions
+    fd = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.close(os.open(ram, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+        os.truncate(ram, spec.memory_mib << 20)
+        with qemu.boot(spec, ram, console=console) as booted:
+            qmp.prepare_freeze(booted, fd)
+            versions = wait_hello(booted)
+            qmp.freeze(booted, fd)
+    finally:
+        os.close(fd)
+    return versions
+
+
+def restore_argv(spec: Spec, ram: str) -> list[str]:
+    """The command line that `launch` keeps for a restore."""
+    return [spec.firecracker] if isinstance(spec, firecracker.Spec) else qemu.restore_argv(spec, ram)
+
+
+def binary_of(spec: Spec) -> str:
+    """The VMM's path."""
+    return spec.firecracker if isinstance(spec, firecracker.Spec) else spec.qemu
