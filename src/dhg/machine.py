@@ -28,6 +28,12 @@ class Machine:
         #: The wall clock at the resume, in ns since the epoch; 0 before it.
         self.resumed_ns = 0
         self._session: client.Session | None = None
+        self._server: proc.Process | None = None
+        self._server_log = -1
+        #: Whether the script tried to write where it may not; known after `close`.
+        self.refused_write = False
+        #: Why the host's files were not to be had; known after `close`.
+        self.files_error: str | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
         state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
@@ -50,8 +56,12 @@ class Machine:
         stderr: client.Sink,
         deadline: proc.Deadline | None = None,
         stdin: int | None = None,
+        shares: tuple[tuple[str, bool], ...] = (),
     ) -> client.Result:
         """Wait until the VM runs, and run `request` in it; once only. `stdin` is a descriptor to pass on if the request says so.
+
+        `shares` are directories of the host's and whether the script may write there: the first is /workspace ("" for none),
+        the others those of the request's `mounts` and `outputs`.
 
         Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
         """
@@ -74,7 +84,15 @@ class Machine:
         self.resumed_ns = resumed_ns
         base_ns = self.snapshot.base_ns
         clock = client.Clock(resumed_ns, base_ns) if base_ns else None
-        result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source, clock=clock)
+        result = session.run(
+            request,
+            stdout=stdout,
+            stderr=stderr,
+            deadline=deadline,
+            stdin=source,
+            clock=clock,
+            files=(vm.files, lambda: self._serve_files(shares)),
+        )
         now = time.monotonic_ns()
         whole = (now - self._clock) / 1e6
         self.phases["guest ready"] = result.ready_ns / 1e6
@@ -82,6 +100,13 @@ class Machine:
         self.phases["wake-up and result"] = whole - (result.ready_ns + result.script_ns) / 1e6
         self._clock = now
         return result
+
+    def _serve_files(self, shares: tuple[tuple[str, bool], ...]) -> int:
+        from .share import start
+
+        self._server_log = os.memfd_create("dhg-files-log")
+        self._server = start.server(self._vm.files.fileno(), shares, log=self._server_log)
+        return self._server.pidfd
 
     def interrupt(self) -> bool:
         """Raise KeyboardInterrupt in the script; False if none runs. May be called from a signal handler."""
@@ -97,8 +122,13 @@ class Machine:
         return proc.usage(self._vm.process.pid)
 
     def close(self) -> None:
-        """Kill the VM and reap it."""
+        """Kill the VM and reap it, and what served it files."""
         self._vm.close()
+        if self._server is not None:
+            from .share import start
+
+            self.refused_write, self.files_error = start.end(self._server, self._server_log)
+            self._server = None
 
     def __enter__(self) -> Machine:
         return self

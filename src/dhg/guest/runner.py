@@ -23,7 +23,7 @@ import types
 from typing import Any
 
 from ..wire import frames
-from . import preview, script, stdio
+from . import outputs, preview, script, shares, stdio
 
 RUN_DIR = "/run/dhg"
 
@@ -38,7 +38,22 @@ F_OWNER_TID = 0
 class Request:
     """A decoded REQUEST."""
 
-    __slots__ = ("args", "base_ns", "end_mark", "entropy", "environ", "filename", "flags", "rows", "source", "time_ns")
+    __slots__ = (
+        "args",
+        "base_ns",
+        "end_mark",
+        "entropy",
+        "environ",
+        "file",
+        "filename",
+        "flags",
+        "folder",
+        "mounts",
+        "outputs",
+        "rows",
+        "source",
+        "time_ns",
+    )
 
     def __init__(self, payload: bytes) -> None:
         found = frames.fields(payload)
@@ -53,6 +68,11 @@ class Request:
         self.end_mark = found[frames.F_END_MARK][0]
         self.flags = frames.integer(found[frames.F_FLAGS][0])
         self.rows = frames.integer(found[frames.F_ROWS][0])
+        self.file, self.folder = [
+            frames.text(found[key][0]) if key in found else None for key in (frames.F_FILE, frames.F_FOLDER)
+        ]
+        self.mounts = [frames.text(value) for value in found.get(frames.F_MOUNT, ())]
+        self.outputs = [frames.text(value) for value in found.get(frames.F_OUTPUT, ())]
 
 
 def read_frame(fd: int) -> tuple[int, bytes]:
@@ -95,6 +115,7 @@ class Runner:
         self.names: dict[str, Any] = {}
         self.reseeders: list[Any] = []
         self.finder: preview.Finder | None = None
+        self.arrange: Any = None
 
     def own_main(self) -> None:
         """Give the script a `__main__` of its own, as the interpreter makes it."""
@@ -118,6 +139,8 @@ class Runner:
         _socket.sethostname("dhg-" + name[:8])
         for reseed in self.reseeders:
             reseed()
+        if request.mounts or request.flags & frames.FLAG_NO_WORKSPACE:
+            self.arrange(request.mounts, not request.flags & frames.FLAG_NO_WORKSPACE)
 
     def watch_for_interrupt(self) -> None:
         """From now on whatever the host sends on the control channel interrupts the main thread.
@@ -142,16 +165,18 @@ class Runner:
             signal.raise_signal(signal.SIGINT)
 
     def run(self, request: Request) -> tuple[script.Outcome, list[str]]:
-        """Run the script and show its tables; its outcome and, if asked for, the tables as JSON."""
+        """Run the script, show its tables, write its outputs; its outcome and, if asked for, the tables as JSON."""
         for item in request.environ:
             name, _, value = item.partition("=")
             os.environ[name] = value
         if not request.flags & frames.FLAG_STDIN:
             stdio.no_input()
-        if not self.clone and request.filename[:1] != "<":
+        if request.folder is not None:
+            sys.path[0] = request.folder
+        elif not self.clone and request.filename[:1] != "<":
             sys.path[0] = os.path.dirname(os.path.abspath(request.filename))
         out = sys.stdout
-        outcome = script.Script(request.source, request.filename, request.args, self.names).run()
+        outcome = script.Script(request.source, request.filename, request.args, self.names, file=request.file).run()
         tables: list[str] = []
         if request.flags & frames.FLAG_TABLES and not outcome.raised and self.finder is not None:
             meta, as_json = bool(request.flags & frames.FLAG_TABLE_META), bool(request.flags & frames.FLAG_JSON)
@@ -161,6 +186,8 @@ class Runner:
                 elif not as_json:
                     out.write(text)
             out.flush()
+        if request.outputs and outcome.exit_code == 0:
+            outcome.output_error = outputs.write(self.names, request.outputs)
         return outcome, tables
 
     def serve(self) -> None:
@@ -200,6 +227,8 @@ def result(outcome: script.Outcome, tables: list[str], ready_ns: int, script_ns:
             (frames.F_ERROR_TYPE, frames.F_ERROR_MESSAGE, frames.F_ERROR_TRACEBACK), outcome.error, strict=True
         ):
             payload += frames.field(key, text)
+    if outcome.output_error is not None:
+        payload += frames.field(frames.F_OUTPUT_ERROR, outcome.output_error)
     for table in tables:
         if len(payload) + len(table) < frames.MAX_PAYLOAD // 4:
             payload += frames.field(frames.F_TABLE, table)
@@ -234,6 +263,9 @@ def main_vm() -> None:
         *(os.open(port, flags) for port, flags in zip(ports, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True))
     )
     script.settle()
+    runner.arrange = shares.ready()
+    # What Python has first for -c and -: the working directory, which is /workspace (see `init`).
+    sys.path.insert(0, "")
     gc.collect()
     gc.freeze()
     with open(f"{RUN_DIR}/frozen", "w"):

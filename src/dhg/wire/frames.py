@@ -67,11 +67,16 @@ F_END_MARK = 22  # the bytes that close stdout and stderr
 F_FLAGS = 23  # the sum of the flags below
 F_ROWS = 24  # rows of a table preview
 F_BASE_NS = 25  # the guest's monotonic clock when the VM was resumed
+F_FILE = 26  # the script's path in the guest, if it lies in a directory that is shared
+F_FOLDER = 27  # the directory that a script given by path has first on sys.path
+F_MOUNT = 28  # where share 1, 2, ... is to appear, one a field; share 0 is /workspace
+F_OUTPUT = 29  # a table to write when the script has succeeded: NAME, format, path, each ended by a NUL
 
 FLAG_STDIN = 1  # the stdin channel carries data; otherwise stdin is /dev/null
 FLAG_TABLES = 2  # show the tables that the script leaves
 FLAG_TABLE_META = 4  # with their columns
 FLAG_JSON = 8  # as data in RESULT instead of text on stdout
+FLAG_NO_WORKSPACE = 16  # take /workspace away
 
 # Fields of RESULT.
 F_EXIT = 32
@@ -82,6 +87,7 @@ F_ERROR_TYPE = 36  # of the exception that ended the script
 F_ERROR_MESSAGE = 37
 F_ERROR_TRACEBACK = 38
 F_TABLE = 39  # JSON, one table a field
+F_OUTPUT_ERROR = 40  # why a table of F_OUTPUT could not be written
 
 
 class FrameError(Exception):
