@@ -203,11 +203,11 @@ class Run:
             )
         if vm.files_error:
             notes.append(f"error: this host's files were not to be had: {vm.files_error}")
-        plan = self._plan
-        if plan is not None and plan.outputs.all:
+        outputs = self._plan.outputs if self._plan else None
+        if outputs is not None:
             try:
                 if result.exit_code == 0:
-                    plan.outputs.deliver(next(iter(result.texts(frames.F_OUTPUT_ERROR)), None))
+                    outputs.deliver(next(iter(result.texts(frames.F_OUTPUT_ERROR)), None))
                 else:
                     notes.append("hint: the script failed, so no output was written")
             finally:
@@ -216,7 +216,7 @@ class Run:
 
     def drop(self) -> None:
         """Remove what was prepared for outputs."""
-        if self._plan is not None:
+        if self._plan is not None and self._plan.outputs is not None:
             self._plan.outputs.close()
 
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 import os
 
 from ..errors import UsageError
-from ..output import Outputs
 from ..wire import frames
 from .options import Values
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..output import Outputs
 
 WORKSPACE = "/workspace"
 #: Where the guest finds share N whether it is mounted elsewhere or not (guest/relay.py).
@@ -60,7 +63,11 @@ class Plan:
         self.shares += tuple((mount.host, mount.writable) for mount in mounts)
         self.mounts = tuple(mount.guest for mount in mounts)
         self.flags = 0 if workspace else frames.FLAG_NO_WORKSPACE
-        self.outputs = Outputs(values.texts("output"))
+        self.outputs: Outputs | None = None
+        if values.flag("output"):
+            from ..output import Outputs
+
+            self.outputs = Outputs(values.texts("output"))
         self.file: str | None = None
         self.folder: str | None = None
         if filename[:1] == "<":
@@ -81,8 +88,10 @@ class Plan:
 
     def open(self, *, in_vm: bool) -> tuple[str, ...]:
         """Make the outputs' directories and share them; what the request says of the outputs. Raises `DhgError`."""
+        items: list[str] = []
+        if self.outputs is None:
+            return ()
         self.outputs.open()
-        items = []
         for one in self.outputs.all:
             place = f"{SHARES}/{len(self.shares)}" if in_vm else one.folder
             self.shares += ((one.folder, True),)

@@ -5,8 +5,8 @@ Guest code: standard library only, and a process of its own: one inside the inte
 
 Until the freeze there is no host to ask, so it answers what the mount and the warm-up need by itself: the root, and in it the
 node of the workspace, which is empty. The runner ends that with a look-up of POKE; from then on every request goes to the host as
-it is, and every reply comes back as it is. One process a direction, each blocked in a read when the VM is frozen: after
-a restore they cost nothing until a script touches a file.
+it is, and every reply comes back as it is. When the VM is frozen the process is blocked in a read: after a restore it costs nothing
+until a script touches a file.
 
 A message, either way, begins with its length (four bytes, little-endian); the layouts are in `dhg/share/server.py` on the host.
 """
@@ -24,9 +24,13 @@ BUFFER = MAX_WRITE + 8192
 READ_AHEAD_KIB = 1024
 
 ROOT, WORKSPACE = 1, 2  # node ids; the host's server knows share N as node N + 2
-LOOKUP, FORGET, GETATTR, INIT, OPENDIR, READDIR, RELEASEDIR, ACCESS, INTERRUPT, BATCH_FORGET, READDIRPLUS = (
-    1, 2, 3, 26, 27, 28, 29, 34, 36, 42, 44
+LOOKUP, FORGET, GETATTR, RELEASE, INIT, OPENDIR, READDIR, RELEASEDIR, ACCESS, INTERRUPT, BATCH_FORGET, READDIRPLUS = (
+    1, 2, 3, 18, 26, 27, 28, 29, 34, 36, 42, 44
 )  # fmt: skip
+#: Requests to which the host does not reply.
+ONE_WAY = (FORGET, BATCH_FORGET, INTERRUPT, RELEASE, RELEASEDIR)
+#: How many bytes of them wait at most.
+HELD = 32768
 EIO, ENOENT = 5, 2
 FOREVER = 1 << 40
 
@@ -82,40 +86,58 @@ def alone(fuse: int) -> int:
         os.write(fuse, OUT.pack(OUT.size + len(reply), -error, unique) + reply)
 
 
-def requests(fuse: int, port: int) -> None:
-    """Carry requests to the host."""
-    view = memoryview(bytearray(BUFFER))
-    buffers = (view,)
+def carry(fuse: int, port: int) -> None:
+    """Carry requests to the host and what it replies back, one at a time; returns when the host is gone.
+
+    One at a time, because every change from one process to another costs more under emulation than what is gained by having several
+    on the way. What needs no reply waits for the next that does, and goes with it: the kernel does not wait for it either.
+    """
+    request = memoryview(bytearray(BUFFER + HELD))
+    reply = memoryview(bytearray(BUFFER + 4096))
+    held = have = 0
     while True:
         try:
-            size = os.readv(fuse, buffers)
+            size = os.readv(fuse, (request[held:],))
         except FileNotFoundError:
             continue  # whoever asked has been killed meanwhile
-        sent = os.write(port, view[:size])
-        while sent < size:
-            sent += os.write(port, view[sent:size])
-
-
-def replies(fuse: int, port: int) -> None:
-    """Carry replies from the host; returns when there is none any more."""
-    view = memoryview(bytearray(BUFFER))
-    while True:
-        have = 0
-        need = 4
-        while have < need:
-            # A virtio port gives a page at most at a time. Never past this message: the next one is read on its own.
-            got = os.readv(port, (view[have : need if have >= 4 else 16],))
+        opcode = request[held + 4]
+        if opcode in ONE_WAY:
+            if opcode in (RELEASE, RELEASEDIR):
+                os.write(fuse, OUT.pack(OUT.size, 0, IN.unpack_from(request, held)[2]))
+            held += size
+            if held < HELD:
+                continue
+        else:
+            held += size
+        unique = request[held - size + 8 : held - size + 16]
+        sent = os.write(port, request[:held])
+        while sent < held:
+            sent += os.write(port, request[sent:held])
+        held = 0
+        answered = opcode in ONE_WAY
+        while not answered:
+            # A virtio port gives a page at most at a time.
+            got = os.readv(port, (reply[have:],))
             if got == 0:
                 return
-            if have < 4 <= have + got:
-                need = int.from_bytes(view[:4], "little")
-                if not 16 <= need <= BUFFER:
-                    return
             have += got
-        try:
-            os.write(fuse, view[:need])
-        except OSError:
-            pass  # ENOENT: whoever asked is gone
+            start = 0
+            while have - start >= OUT.size:
+                length = int.from_bytes(reply[start : start + 4], "little")
+                if not OUT.size <= length <= BUFFER:
+                    return
+                if have - start < length:
+                    break
+                # The reply, or before it a message of the host's own, which has the number 0.
+                answered = answered or reply[start + 8 : start + 16] == unique
+                try:
+                    os.write(fuse, reply[start : start + length])
+                except OSError:
+                    pass  # ENOENT: whoever asked is gone
+                start += length
+            if start:
+                reply[: have - start] = reply[start:have]
+                have -= start
 
 
 def main() -> None:
@@ -126,15 +148,11 @@ def main() -> None:
     with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as file:
         file.write(str(READ_AHEAD_KIB))
     poke = alone(fuse)
-    if os.fork() == 0:
-        try:
-            replies(fuse, port)
-        finally:
-            # With both of us gone the kernel fails every request instead of keeping the script waiting.
-            os.kill(os.getppid(), 9)
-            os._exit(0)
+    # Woken up, it does not take the CPU from a script that has more to do before it has to wait.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.write(fuse, OUT.pack(OUT.size, -ENOENT, poke))
-    requests(fuse, port)
+    # When this returns and the process ends, the kernel fails every request instead of keeping the script waiting.
+    carry(fuse, port)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,19 @@ class Share:
 class Node:
     """A file that the guest's kernel knows: `lookups` is how often it was told, `children` how many nodes are named in it."""
 
-    __slots__ = ("children", "id", "identity", "lookups", "name", "open", "others", "parent", "share", "version")
+    __slots__ = (
+        "children",
+        "id",
+        "identity",
+        "lookups",
+        "name",
+        "open",
+        "others",
+        "parent",
+        "share",
+        "told_size",
+        "version",
+    )
 
     def __init__(self, number: int, share: Share, identity: tuple[int, int, int, int]) -> None:
         self.id = number
@@ -70,6 +82,8 @@ class Node:
         self.children = 0
         #: Open handles, by which a file is found that has no name any more.
         self.open: list[Handle] = []
+        #: The size that the guest's kernel was told with the name.
+        self.told_size = -1
         #: Times and size when the guest last opened it: unchanged, its cache is good.
         self.version: tuple[int, int, int] = (-1, -1, -1)
 

@@ -66,6 +66,7 @@ ATTR = Struct("<6Q10I")
 ATTR_OUT = Struct("<QI4x")  # seconds, ns for which ATTR, which follows, may be taken as true
 ENTRY_OUT = Struct("<4QII")  # node, generation, seconds for the name, for ATTR, their ns; ATTR follows
 OPEN_OUT = Struct("<QI4x")  # fh, flags
+STORE_OUT = Struct("<QQI4x")  # node, offset, size; the bytes follow, for the guest's cache
 WRITE_OUT = Struct("<I4x")  # size
 STATFS_OUT = Struct(
     "<5Q4I24x"
@@ -82,6 +83,11 @@ GETATTR_FH = 1
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH, SET_ATIME_NOW, SET_MTIME_NOW = (
     1 << bit for bit in range(9)
 )
+#: What the guest's relay answers itself: there is no reply to these here.
+ONE_WAY = (FORGET, BATCH_FORGET, INTERRUPT, RELEASE, RELEASEDIR)
+#: A message of our own, before the reply to an OPEN: its code stands where a reply has its error, and unique is 0.
+NOTIFY_STORE = 4
+
 FSYNC_DATA = 1
 KEEP_CACHE = 1 << 1
 #: RENAME_NOREPLACE, RENAME_EXCHANGE
@@ -90,6 +96,8 @@ RENAME_FLAGS = 3
 MAX_IO = 1 << 20
 MAX_MESSAGE = MAX_IO + 8192
 MAX_DIRECTORY_REPLY = 1 << 16
+#: A file of this size at most is sent when it is opened, which saves the READ.
+SMALL = 1 << 15
 NAME_MAX = 255
 #: How long the guest may take what it was told as true: files may change here while a script runs.
 VALID_S = 1
@@ -135,8 +143,6 @@ class Server:
             READ: self._read,
             WRITE: self._write,
             STATFS: self._statfs,
-            RELEASE: self._release,
-            RELEASEDIR: self._release,
             FSYNC: self._fsync,
             FSYNCDIR: self._fsync,
             OPENDIR: self._opendir,
@@ -181,8 +187,8 @@ class Server:
     def _message(self, message: memoryview) -> None:
         _, opcode, unique, node = IN.unpack_from(message)
         body = message[IN.size :]
-        if opcode in (FORGET, BATCH_FORGET, INTERRUPT):
-            self._forget(opcode, node, body)
+        if opcode in ONE_WAY:
+            self._one_way(opcode, node, body)
             return
         error, reply = 0, b""
         handler = self._handlers.get(opcode)
@@ -210,17 +216,19 @@ class Server:
         except ConnectionError:
             raise Gone from None
 
-    def _forget(self, opcode: int, node: int, body: memoryview) -> None:
+    def _one_way(self, opcode: int, node: int, body: memoryview) -> None:
         try:
             if opcode == FORGET:
                 self.tables.forget(node, FORGET_IN.unpack_from(body)[0])
+            elif opcode in (RELEASE, RELEASEDIR) and node != ROOT_ID:
+                self.tables.close(RELEASE_IN.unpack_from(body)[0], node)
             elif opcode == BATCH_FORGET:
                 count = BATCH_IN.unpack_from(body)[0]
                 data = body[BATCH_IN.size : BATCH_IN.size + count * FORGET_ONE.size]
                 for one, times in FORGET_ONE.iter_unpack(data):
                     self.tables.forget(one, times)
-        except StructError:
-            pass  # there is no reply to it in which to say so
+        except (OSError, StructError):
+            pass  # there is no reply in which to say so
 
     # What a reply says of a file.
 
@@ -243,6 +251,7 @@ class Server:
         )
 
     def _entry(self, node: Node, found: os.stat_result) -> bytes:
+        node.told_size = found.st_size
         return ENTRY_OUT.pack(node.id, 0, VALID_S, VALID_S, 0, 0) + self._attr(found)
 
     def _see(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
@@ -420,19 +429,27 @@ class Server:
             if ours:
                 os.close(fd)
         version = (found.st_mtime_ns, found.st_ctime_ns, found.st_size)
-        keep = KEEP_CACHE if version == node.version and not writes else 0
+        keep = 0
+        if not writes and (version == node.version or self._stored(node, real, found.st_size)):
+            keep = KEEP_CACHE
         node.version = version
         return OPEN_OUT.pack(self.tables.open(Handle(real, node, writable=access != os.O_RDONLY)), keep)
+
+    def _stored(self, node: Node, fd: int, size: int) -> bool:
+        """Put a small file's content into the guest's cache; False if it is not small, or not what the guest takes it for."""
+        if not 0 < size <= SMALL or size != node.told_size:
+            return False
+        data = os.pread(fd, size, 0)
+        if len(data) != size:
+            return False
+        head = OUT.pack(OUT.size + STORE_OUT.size + size, NOTIFY_STORE, 0) + STORE_OUT.pack(node.id, 0, size)
+        self._send(memoryview(head + data))
+        return True
 
     def _read(self, node_id: int, body: memoryview) -> int:
         number, offset, size = READ_IN.unpack_from(body)
         handle = self.tables.handle(number, node_id)
         return os.preadv(handle.fd, (self._out[OUT.size : OUT.size + min(size, MAX_IO)],), offset)
-
-    def _release(self, node_id: int, body: memoryview) -> bytes:
-        if node_id != ROOT_ID:
-            self.tables.close(RELEASE_IN.unpack_from(body)[0], node_id)
-        return b""
 
     def _lseek(self, node_id: int, body: memoryview) -> bytes:
         number, offset, whence = LSEEK_IN.unpack_from(body)

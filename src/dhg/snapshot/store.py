@@ -23,7 +23,7 @@ from ..errors import SnapshotError, SnapshotMissing
 from ..wire import frames
 
 #: Version of `launch` and of the manifest.
-FORMAT = 1
+FORMAT = 2
 
 L_FORMAT = 1
 L_ARG = 2  # the restore's command line, one argument a field

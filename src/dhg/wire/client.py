@@ -352,6 +352,8 @@ class _Files:
         """Go on after an event on one of our descriptors."""
         self._poller.unregister(fd)
         if fd == self._socket.fileno():
+            if not self._socket.recv(1, 2):  # MSG_PEEK
+                return
             pidfd = self._start()
             self.fds.add(pidfd)
             self._poller.register(pidfd, select.POLLIN)
