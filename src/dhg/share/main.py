@@ -37,7 +37,7 @@ def main(words: list[str]) -> int:
     except Broken as error:
         os.write(2, f"the guest sent {error}\n".encode())
         return 1
-    return REFUSED_WRITE if server.refused_write else 0
+    return REFUSED_WRITE if server.files.refused_write else 0
 
 
 def share(number: int, fd: int, *, writable: bool) -> Share:
