@@ -642,8 +642,8 @@ def test_any_request_gets_one_reply_and_nothing_outside_changes(
     guest = Guest([(tmp_path / "ro", False), (tmp_path / "rw", True)])
     try:
         for share in (READ_ONLY, WRITABLE):
-            for name in (b"a", b"d", b"l"):
-                guest.ask(protocol.LOOKUP, share, name + b"\0")
+            for known in (b"a", b"d", b"l"):
+                guest.ask(protocol.LOOKUP, share, known + b"\0")
         for opcode, node, body in requests:
             if opcode in protocol.ONE_WAY:
                 guest.send(opcode, node, body)
