@@ -64,8 +64,8 @@ print(os.access('prices.csv', os.R_OK), os.access('prices.csv', os.W_OK), os.acc
 READ = """\
 /workspace /workspace /workspace/report.py ['report.py', '1']
 42 /workspace/helpers.py 43
-['absolute', 'data', 'folder', 'helpers.py', 'huge', 'link.txt', 'loop', 'outside', 'package', 'prices.csv', 'report.py', \
-'t.parquet', 'größe ☃ 🎈.txt']
+['absolute', 'data', 'folder', 'größe ☃ 🎈.txt', 'helpers.py', 'huge', 'link.txt', 'loop', 'outside', 'package', \
+'prices.csv', 'report.py', 't.parquet']
 True False True 12
 ['data/a.txt', 'data/sub/b.txt', 'folder/a.txt', 'folder/sub/b.txt', 'größe ☃ 🎈.txt', 'link.txt']
 [('data', ['a.txt']), ('data/sub', ['b.txt'])]
@@ -183,7 +183,7 @@ def test_read_only_by_default_and_a_hint(dhg: Dhg, tmp_path: Path) -> None:
     (tmp_path / "s.py").write_text(READ_ONLY)
     before = {path: path.lstat() for path in [tmp_path, *tmp_path.iterdir()]}
     done = dhg("exec", "--vm", "--no-show-tables", "s.py", cwd=tmp_path)
-    assert ok(done) == "b'sh: 1: cannot create n: Read-only file system\\n'\nTrue\na\n"
+    assert ok(done) == "b'/bin/sh: 1: cannot create n: Read-only file system\\n'\nTrue\na\n"
     assert done.stderr.startswith(HINT), done.stderr
     assert done.stderr.count(b"\n") == 1
     for path, was in before.items():

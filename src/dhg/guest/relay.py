@@ -12,6 +12,7 @@ A message, either way, begins with its length (four bytes, little-endian); the l
 """
 
 import os
+import select
 import sys
 from struct import Struct
 
@@ -95,6 +96,8 @@ def carry(fuse: int, port: int) -> None:
     request = memoryview(bytearray(BUFFER + HELD))
     reply = memoryview(bytearray(BUFFER + 4096))
     held = have = 0
+    hung_up = select.poll()
+    hung_up.register(port, 0)
     while True:
         try:
             size = os.readv(fuse, (request[held:],))
@@ -109,6 +112,8 @@ def carry(fuse: int, port: int) -> None:
                 continue
         else:
             held += size
+        if hung_up.poll(0):
+            return  # a write would wait for the host to come back
         unique = request[held - size + 8 : held - size + 16]
         sent = os.write(port, request[:held])
         while sent < held:

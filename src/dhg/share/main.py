@@ -28,16 +28,18 @@ def main(words: list[str]) -> int:
     try:
         beneath.check()
         shares = [share(int(word[:-1]), FD_SHARES + at, writable=word[-1] == "w") for at, word in enumerate(words)]
+        status = 0
     except DhgError as error:
+        # Every request is answered all the same, with an error: a guest that is not answered waits.
         os.write(2, f"{error}\n".encode())
-        return 2
+        shares, status = [], 2
     server = Server(FD_CHANNEL, shares, max_handles=limit - SPARE_FDS)
     try:
         server.serve()
     except Broken as error:
         os.write(2, f"the guest sent {error}\n".encode())
         return 1
-    return REFUSED_WRITE if server.files.refused_write else 0
+    return status or (REFUSED_WRITE if server.files.refused_write else 0)
 
 
 def share(number: int, fd: int, *, writable: bool) -> Share:

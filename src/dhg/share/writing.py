@@ -188,10 +188,10 @@ class Writer(Reader):
     def _mknod(self, node_id: int, body: memoryview) -> bytes:
         mode = MKNOD_IN.unpack_from(body)[0]
         name = name_of(body[MKNOD_IN.size :])
-        if mode & 0o170000 not in (0, S_IFREG):
-            raise refuse(errno.EPERM)
         parent, place = self._place(node_id, name)
         try:
+            if mode & 0o170000 not in (0, S_IFREG):
+                raise refuse(errno.EPERM)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             os.close(os.open(name, flags, mode & FILE_MODE, dir_fd=place))
         finally:

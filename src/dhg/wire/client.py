@@ -358,7 +358,13 @@ class _Files:
             self.fds.add(pidfd)
             self._poller.register(pidfd, select.POLLIN)
             return
-        # Without a server the guest would wait for ever: once the channel is closed, its kernel fails every request.
+        # Without a server the guest would wait for ever: once the channel is closed, its kernel fails every request. What it is
+        # writing at this moment it must get rid of first.
+        try:
+            while self._socket.recv(1 << 20, 0x40):  # MSG_DONTWAIT
+                pass
+        except OSError:
+            pass
         try:
             self._socket.shutdown(2)
         except OSError:
