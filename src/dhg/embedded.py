@@ -15,6 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
 
+    from .share import start
+
 FD_CONTROL, FD_STDIN, FD_STDOUT, FD_STDERR, FD_LEASH = range(200, 205)
 START_TIMEOUT_S = 120.0
 MIN_JAVA = 17
@@ -120,7 +122,7 @@ class Embedded:
         stderr: client.Sink,
         deadline: proc.Deadline | None = None,
         stdin: int | None = None,
-        shares: tuple[tuple[str, bool], ...] = (),
+        shares: start.Shares = (),
     ) -> client.Result:
         """Wait until the server is up, and run `request` in it; once only. Raises like `Machine.run`.
 

@@ -11,6 +11,10 @@ from .errors import DeadlineExceeded, MachineError
 from .snapshot import store
 from .wire import client
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .share import start
+
 #: How long a restore may take before it counts as hung.
 RESTORE_TIMEOUT_S = 60.0
 
@@ -28,8 +32,7 @@ class Machine:
         #: The wall clock at the resume, in ns since the epoch; 0 before it.
         self.resumed_ns = 0
         self._session: client.Session | None = None
-        self._server: proc.Process | None = None
-        self._server_log = -1
+        self._server: start.FileServer | None = None
         #: Whether the script tried to write where it may not; known after `close`.
         self.refused_write = False
         #: Why the host's files were not to be had; known after `close`.
@@ -56,12 +59,12 @@ class Machine:
         stderr: client.Sink,
         deadline: proc.Deadline | None = None,
         stdin: int | None = None,
-        shares: tuple[tuple[str, bool], ...] = (),
+        shares: start.Shares = (),
     ) -> client.Result:
         """Wait until the VM runs, and run `request` in it; once only. `stdin` is a descriptor to pass on if the request says so.
 
-        `shares` are directories of the host's and whether the script may write there: the first is /workspace ("" for none),
-        the others those of the request's `mounts` and `outputs`.
+        `shares` are directories of the host's and what the script may do there (share.start: READ_ONLY, WRITABLE, TEMPORARY): the
+        first is /workspace ("" for none), the others those of the request's `mounts` and `outputs`.
 
         Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
         """
@@ -101,12 +104,11 @@ class Machine:
         self._clock = now
         return result
 
-    def _serve_files(self, shares: tuple[tuple[str, bool], ...]) -> int:
+    def _serve_files(self, shares: start.Shares) -> int:
         from .share import start
 
-        self._server_log = os.memfd_create("dhg-files-log")
-        self._server = start.server(self._vm.files.fileno(), shares, log=self._server_log)
-        return self._server.pidfd
+        self._server = start.FileServer(self._vm.files.fileno(), shares)
+        return self._server.process.pidfd
 
     def interrupt(self) -> bool:
         """Raise KeyboardInterrupt in the script; False if none runs. May be called from a signal handler."""
@@ -123,12 +125,12 @@ class Machine:
 
     def close(self) -> None:
         """Kill the VM and reap it, and what served it files."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.leave()
         self._vm.close()
-        if self._server is not None:
-            from .share import start
-
-            self.refused_write, self.files_error = start.end(self._server, self._server_log)
-            self._server = None
+        if server is not None:
+            self.refused_write, self.files_error = server.end()
 
     def __enter__(self) -> Machine:
         return self

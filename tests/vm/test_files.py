@@ -6,14 +6,16 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.conftest import Completed, Dhg
+from tests.conftest import DHG, Completed, Dhg
 
 from dhg import machine, proc
+from dhg.share import start
 from dhg.wire import client, frames
 
 HINT = b"hint: the script tried to write to files of this host"
@@ -374,7 +376,7 @@ print(open('f').read(), open('new').read(), sorted(os.listdir()))
             stderr=out.append,
             deadline=proc.Deadline(90),
             stdin=read,
-            shares=((str(tmp_path), False),),
+            shares=((str(tmp_path), "r"),),
         )
     os.close(read)
     os.close(write)
@@ -492,6 +494,20 @@ def test_outputs_whole_or_not_at_all(dhg: Dhg, tmp_path: Path, mode: list[str]) 
     assert (ok(done), (tmp_path / "t.csv").read_text()) == ("", "x,s,d\n0,v0,0.0\n1,v1,0.25\n2,v2,0.5\n")
 
 
+def test_outputs_of_a_client_that_is_killed_leave_nothing(tmp_path: Path) -> None:
+    code = TABLES.format(rows=3) + "print('ready', flush=True)\nimport time; time.sleep(60)"
+    argv = [DHG, "exec", "--vm", "--output", "t=t.csv", "-c", code]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        assert len(os.listdir(tmp_path)) == 1
+        child.kill()
+    until = time.monotonic() + 20
+    while os.listdir(tmp_path) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert os.listdir(tmp_path) == []
+
+
 def test_usage(dhg: Dhg, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.csv")
     for args, said in (
@@ -533,7 +549,7 @@ def run_in(folder: Path, code: str, **options: object) -> tuple[machine.Machine,
     out: list[bytes] = []
     with machine.restore() as vm:
         request = client.Request(code.encode(), flags=frames.FLAG_TABLES, **options)  # type: ignore[arg-type]
-        shares = ((str(folder), True),)
+        shares = ((str(folder), "w"),)
         vm.run(request, stdout=out.append, stderr=out.append, deadline=proc.Deadline(90), shares=shares)
     return vm, b"".join(out).decode()
 
@@ -542,7 +558,7 @@ def test_a_script_that_touches_no_file_starts_no_server(tmp_path: Path, monkeypa
     started = []
     serve = machine.Machine._serve_files
 
-    def noted(self: machine.Machine, shares: tuple[tuple[str, bool], ...]) -> int:
+    def noted(self: machine.Machine, shares: start.Shares) -> int:
         started.append(shares)
         return serve(self, shares)
 
@@ -577,10 +593,10 @@ except OSError as error:
         def printed(data: bytes) -> None:
             if not out:
                 assert vm._server is not None
-                os.kill(vm._server.pid, signal.SIGKILL)
+                os.kill(vm._server.process.pid, signal.SIGKILL)
             out.append(data)
 
-        shares = ((str(tmp_path), False),)
+        shares = ((str(tmp_path), "r"),)
         vm.run(
             client.Request(code.encode()),
             stdout=printed,

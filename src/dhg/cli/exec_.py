@@ -50,7 +50,7 @@ examples:
 """
 
 #: What is shared unless the options say more: the working directory, read-only.
-WORKSPACE = ((".", False),)
+WORKSPACE = ((".", "r"),)
 
 #: How long a script that was interrupted may take to wind up, and how often it is told meanwhile: a signal that comes just
 #: before Python enters a system call does not end that call, and under emulation "just before" is a millisecond.

@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 
 from ..errors import UsageError
+from ..share.start import READ_ONLY, TEMPORARY, WRITABLE
 from ..wire import frames
 from .options import Values
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..output import Outputs
+    from ..share.start import Shares
 
 WORKSPACE = "/workspace"
 #: Where the guest finds share N whether it is mounted elsewhere or not (guest/relay.py).
@@ -59,8 +61,8 @@ class Plan:
         mounts = [Mount(text) for text in values.texts("mount")]
         if len(mounts) > MAX_MOUNTS:
             raise UsageError(f"{len(mounts)} mounts; at most {MAX_MOUNTS}")
-        self.shares: tuple[tuple[str, bool], ...] = (("." if workspace else "", values.flag("rw")),)
-        self.shares += tuple((mount.host, mount.writable) for mount in mounts)
+        self.shares: Shares = (("." if workspace else "", WRITABLE if values.flag("rw") else READ_ONLY),)
+        self.shares += tuple((mount.host, WRITABLE if mount.writable else READ_ONLY) for mount in mounts)
         self.mounts = tuple(mount.guest for mount in mounts)
         self.flags = 0 if workspace else frames.FLAG_NO_WORKSPACE
         self.outputs: Outputs | None = None
@@ -94,7 +96,7 @@ class Plan:
         self.outputs.open()
         for one in self.outputs.all:
             place = f"{SHARES}/{len(self.shares)}" if in_vm else one.folder
-            self.shares += ((one.folder, True),)
+            self.shares += ((one.folder, TEMPORARY),)
             items.append(f"{one.name}\0{one.format}\0{place}/{one.file}\0")
         return tuple(items)
 

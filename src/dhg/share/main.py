@@ -9,7 +9,7 @@ from ..errors import DhgError, HostError
 from . import beneath
 from .nodes import Share
 from .server import Broken, Server
-from .start import FD_CHANNEL, FD_SHARES, REFUSED_WRITE
+from .start import FD_CHANNEL, FD_SHARES, READ_ONLY, REFUSED_WRITE, TEMPORARY
 
 IGNORE = b".dhgignore"
 #: Descriptors for the server itself, beside those that a guest may hold.
@@ -17,7 +17,7 @@ SPARE_FDS = 64
 
 
 def main(words: list[str]) -> int:
-    """Serve the shares that `words` name, as in `0r` or `1w`: number, then whether to write; the exit status."""
+    """Serve the shares that `words` name, as in `0r`: number, then READ_ONLY, WRITABLE or TEMPORARY; the exit status."""
     import resource
 
     os.umask(0)
@@ -27,7 +27,9 @@ def main(words: list[str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         beneath.check()
-        shares = [share(int(word[:-1]), FD_SHARES + at, writable=word[-1] == "w") for at, word in enumerate(words)]
+        shares = [
+            share(int(word[:-1]), FD_SHARES + at, writable=word[-1] != READ_ONLY) for at, word in enumerate(words)
+        ]
         status = 0
     except DhgError as error:
         # Every request is answered all the same, with an error: a guest that is not answered waits.
@@ -38,7 +40,12 @@ def main(words: list[str]) -> int:
         server.serve()
     except Broken as error:
         os.write(2, f"the guest sent {error}\n".encode())
-        return 1
+        status = 1
+    temporary = [FD_SHARES + at for at, word in enumerate(words) if word[-1] == TEMPORARY]
+    if temporary and not os.read(0, 1):
+        # Whoever started us was killed, and cannot do it any more.
+        for fd in temporary:
+            remove(fd)
     return status or (REFUSED_WRITE if server.files.refused_write else 0)
 
 
@@ -65,3 +72,15 @@ def share(number: int, fd: int, *, writable: bool) -> Share:
     finally:
         os.close(found)
     return made
+
+
+def remove(fd: int) -> None:
+    """Remove an open directory by the name that it has now."""
+    from ..files import remove_tree
+
+    path, found = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
+    try:
+        if os.path.samestat(os.lstat(path), found):
+            remove_tree(path)
+    except OSError:
+        pass

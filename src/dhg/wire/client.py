@@ -231,7 +231,7 @@ class Session:
         for fd in (control, *streams):
             poller.register(fd, select.POLLIN)
         source = _Input(stdin, poller) if stdin else None
-        server = _Files(files, poller) if files else None
+        server = _Files(files, poller, now=bool(request.outputs)) if files else None
         result: Result | None = None
         while result is None or not all(stream.done for stream in outputs):
             events = poller.poll(None if deadline is None else deadline.left() * 1000)
@@ -342,11 +342,19 @@ class _Input:
 class _Files:
     """Waits for the guest to touch a file, starts the server that serves it, and then for that to end."""
 
-    def __init__(self, files: Files, poller: select.poll) -> None:
+    def __init__(self, files: Files, poller: select.poll, *, now: bool) -> None:
         self._socket, self._start = files
         self._poller = poller
         self.fds = {self._socket.fileno()}
-        poller.register(self._socket.fileno(), select.POLLIN)
+        if now:
+            self._serve()
+        else:
+            poller.register(self._socket.fileno(), select.POLLIN)
+
+    def _serve(self) -> None:
+        pidfd = self._start()
+        self.fds.add(pidfd)
+        self._poller.register(pidfd, select.POLLIN)
 
     def handle(self, fd: int) -> None:
         """Go on after an event on one of our descriptors."""
@@ -354,9 +362,7 @@ class _Files:
         if fd == self._socket.fileno():
             if not self._socket.recv(1, 2):  # MSG_PEEK
                 return
-            pidfd = self._start()
-            self.fds.add(pidfd)
-            self._poller.register(pidfd, select.POLLIN)
+            self._serve()
             return
         # Without a server the guest would wait for ever: once the channel is closed, its kernel fails every request. What it is
         # writing at this moment it must get rid of first.
