@@ -15,6 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
 
+    from .share import start
+
 FD_CONTROL, FD_STDIN, FD_STDOUT, FD_STDERR, FD_LEASH = range(200, 205)
 START_TIMEOUT_S = 120.0
 MIN_JAVA = 17
@@ -73,6 +75,8 @@ class Embedded:
 
     engine = "embedded"
     acceleration = "none"
+    refused_write = False
+    files_error = None
 
     def __init__(self) -> None:
         import _socket
@@ -118,8 +122,12 @@ class Embedded:
         stderr: client.Sink,
         deadline: proc.Deadline | None = None,
         stdin: int | None = None,
+        shares: start.Shares = (),
     ) -> client.Result:
-        """Wait until the server is up, and run `request` in it; once only. Raises like `Machine.run`."""
+        """Wait until the server is up, and run `request` in it; once only. Raises like `Machine.run`.
+
+        `shares` mean nothing here: the files are the host's own.
+        """
         self._wait_hello(deadline)
         self._phase("server start")
         source = None if stdin is None or not request.stdin else (stdin, self._stdin)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
 
+    from .share.start import FileServer, Shares
+
     class Vm(Protocol):
         """What every engine's running VM has: the seam between engines and the rest.
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
         stderr: _socket.socket
         stdin: _socket.socket
 
+        @property
+        def files(self) -> _socket.socket | None: ...
         def wait_resumed(self, *, deadline: proc.Deadline) -> tuple[int, int, int]: ...
         def said(self) -> str | None: ...
         def close(self) -> None: ...
@@ -56,6 +60,11 @@ class Machine:
         self.acceleration = snapshot.accel
         self._resumed = (0, 0)
         self._session: client.Session | None = None
+        self._server: FileServer | None = None
+        #: Whether the script tried to write where it may not; known after `close`.
+        self.refused_write = False
+        #: Why the host's files were not to be had; known after `close`.
+        self.files_error: str | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
         self.vm: Vm = (start or _start)(snapshot)
@@ -74,15 +83,28 @@ class Machine:
         stderr: client.Sink,
         deadline: proc.Deadline | None = None,
         stdin: int | None = None,
+        shares: Shares = (),
     ) -> client.Result:
         """Wait until the VM runs, and run `request` in it; once only. `stdin` is a descriptor to pass on if the request says so.
+
+        `shares` are directories of the host's and what the script may do there (share.start: READ_ONLY, WRITABLE, TEMPORARY): the
+        first is /workspace ("" for none), the others those of the request's `mounts` and `outputs`.
 
         Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
         """
         session = self._settle(deadline)
         source = None if stdin is None or not request.stdin else (stdin, self.vm.stdin)
         clock = self._clock_of(session, deadline)
-        result = session.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=source, clock=clock)
+        files = self.vm.files
+        result = session.run(
+            request,
+            stdout=stdout,
+            stderr=stderr,
+            deadline=deadline,
+            stdin=source,
+            clock=clock,
+            files=(files, lambda: self._serve_files(shares)) if files else None,
+        )
         now = time.monotonic_ns()
         whole = (now - self._clock) / 1e6
         ready, script = result.ready_ns / 1e6, result.script_ns / 1e6
@@ -132,6 +154,13 @@ class Machine:
         clock = session.ask_clock(deadline=deadline, rounds=rounds)
         return clock.base_ns - (clock.resumed_ns - (before + after) // 2), after - before
 
+    def _serve_files(self, shares: Shares) -> int:
+        from .share.start import FileServer
+
+        assert self.vm.files is not None
+        self._server = FileServer(self.vm.files.fileno(), shares)
+        return self._server.process.pidfd
+
     def interrupt(self) -> bool:
         """Raise KeyboardInterrupt in the script; False if none runs. May be called from a signal handler."""
         return self._session is not None and self._session.interrupt()
@@ -146,8 +175,13 @@ class Machine:
         return proc.usage(self.vm.process.pid)
 
     def close(self) -> None:
-        """Kill the VM and reap it."""
+        """Kill the VM and reap it, and what served it files."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.leave()
         self.vm.close()
+        if server is not None:
+            self.refused_write, self.files_error = server.end()
 
     def __enter__(self) -> Machine:
         return self

@@ -199,17 +199,15 @@ def unprivileged_id() -> int:
     return min(largest, 65534)
 
 
-def limit(pid: int, *, address_space_bytes: int) -> None:
-    """Bound what a VMM may take: address space, no files written, no core, few descriptors."""
+def limit(pid: int, *, address_space_bytes: int, files: bool = True) -> None:
+    """Bound what a child may take: address space, no core; with `files` (a VMM) also no files written, few descriptors."""
     import resource
 
-    for kind, value in (
-        (resource.RLIMIT_AS, address_space_bytes),
+    limits = [(resource.RLIMIT_AS, address_space_bytes), (resource.RLIMIT_CORE, 0)]
+    if files:
         # Room for what it says of itself into the log that it inherits.
-        (resource.RLIMIT_FSIZE, 1 << 20),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, 512),
-    ):
+        limits += [(resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_NOFILE, 512)]
+    for kind, value in limits:
         try:
             resource.prlimit(pid, kind, (value, value))
         except (OSError, ValueError):

@@ -10,11 +10,14 @@ from __future__ import annotations
 import base64
 import os
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import proc
 from .errors import DhgError, HostError, MachineError, OutcomeUnknown, ProtocolError, UsageError
 from .wire import client, frames
+
+if TYPE_CHECKING:
+    from .share.start import Shares
 
 #: What of this package the server runs, packages first, each after what it imports.
 SOURCES = (
@@ -76,6 +79,8 @@ class Remote:
 
     engine = "remote"
     acceleration = "none"
+    refused_write = False
+    files_error = None
 
     def __init__(self, server: Server) -> None:
         try:
@@ -123,6 +128,7 @@ class Remote:
         stderr: client.Sink,
         deadline: proc.Deadline | None = None,
         stdin: int | None = None,
+        shares: Shares = (),
     ) -> client.Result:
         """Run `request` there. Raises `OutcomeUnknown` if the session breaks, `MachineError` if the server refuses the runner.
 

@@ -15,6 +15,7 @@ from .options import Option, Values, help_text, parse, positive_integer, positiv
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .. import embedded, remote
+    from . import sharing
 
     #: What a script can run in. Each has `run`, `interrupt`, `usage`, `close`, and says what it is.
     Place = machine.Machine | embedded.Embedded | remote.Remote
@@ -26,6 +27,10 @@ OPTIONS = [
     Option("--accel", "kvm|tcg", "refuse a snapshot that was made under the other (default: whichever it was)"),
     Option("--engine", "qemu|firecracker", "which VMM's snapshot (default: DHG_ENGINE, or whichever there is)"),
     Option("--env", "NAME[=VALUE]", "pass an environment variable; may be repeated", repeat=True),
+    Option("--rw", None, "the script may write to the working directory, which it has as /workspace"),
+    Option("--mount", "HOST[:GUEST][:rw]", "share another directory, too; may be repeated", repeat=True),
+    Option("--no-workspace", None, "do not share the working directory"),
+    Option("--output", "NAME=FILE", "write a table to a .parquet, .csv or .arrow file; may be repeated", repeat=True),
     Option("--timeout", "S", "end the run S seconds after the command began (exit 3)"),
     Option("--rows", "N", "rows of each table that the script leaves (default 10)"),
     Option("--no-show-tables", None, "do not show the tables that the script leaves"),
@@ -62,6 +67,9 @@ examples:
   echo "print(6 * 7)" | dhg exec --vm -
 """
 
+#: What is shared unless the options say more: the working directory, read-only.
+WORKSPACE = ((".", "r"),)
+
 #: How long a script that was interrupted may take to wind up, and how often it is told meanwhile: a signal that comes just
 #: before Python enters a system call does not end that call, and under emulation "just before" is a millisecond.
 GRACE_S = 2.0
@@ -96,6 +104,8 @@ def main(argv: list[str]) -> int:
         except _ReaderGone:
             return 128 + proc.SIGPIPE
         done = time.monotonic_ns()
+    for note in run.deliver(vm, result):
+        sys.stderr.write(f"{note}\n")
     if values.flag("verbose"):
         _show_phases(entered_cpu_ns, began, done, time.monotonic_ns(), vm)
     return result.exit_code
@@ -104,7 +114,7 @@ def main(argv: list[str]) -> int:
 class Run:
     """One `exec`: what its options say, and the signals that end it. Raises `UsageError` for options that make no sense."""
 
-    __slots__ = ("_deadline", "_environ", "_interrupted", "_source", "_values", "flags", "rows")
+    __slots__ = ("_deadline", "_environ", "_interrupted", "_plan", "_source", "_values", "flags", "rows")
 
     def __init__(self, values: Values) -> None:
         self._values = values
@@ -123,6 +133,13 @@ class Run:
                 "--vm stands after the script and would be an argument of it: the script would run on this host",
                 hint="put --vm before the script, or -- before the script's arguments",
             )
+        self._plan: sharing.Plan | None = None
+        if self._source.filename[:1] != "<" or any(
+            values.flag(name) for name in ("rw", "mount", "no_workspace", "output")
+        ):
+            from . import sharing
+
+            self._plan = sharing.Plan(values, self._source.filename)
 
     def start(self) -> Place:
         """Begin to start what the script will run in."""
@@ -161,7 +178,7 @@ class Run:
 
     def finish(self, vm: Place, stdout: client.Sink, stderr: client.Sink) -> client.Result:
         """Run the script in it. Raises `DhgError`, KeyboardInterrupt."""
-        source, deadline = self._source, self._deadline
+        source, deadline, plan = self._source, self._deadline, self._plan
         grace = 0.0
 
         def interrupted(*_: object) -> None:
@@ -197,10 +214,49 @@ class Run:
                 flags=self.flags,
                 rows=self.rows,
             )
-            return vm.run(request, stdout=stdout, stderr=stderr, deadline=deadline, stdin=stdin)
+            if plan is not None:
+                request.flags |= plan.flags
+                request.file, request.folder, request.mounts = plan.file, plan.folder, plan.mounts
+                request.outputs = plan.open(in_vm=self._values.flag("vm"))
+            return vm.run(
+                request,
+                stdout=stdout,
+                stderr=stderr,
+                deadline=deadline,
+                stdin=stdin,
+                shares=WORKSPACE if plan is None else plan.shares,
+            )
+        except BaseException:
+            self.drop()
+            raise
         finally:
             _signal.setitimer(ITIMER_REAL, 0)
             _signal.signal(proc.SIGINT, SIG_IGN)
+
+    def deliver(self, vm: Place, result: client.Result) -> list[str]:
+        """When the VM is gone: put the outputs in place; what is left to say. Raises `DhgError` if they cannot be."""
+        notes = []
+        if vm.refused_write and not self._values.flag("quiet"):
+            notes.append(
+                "hint: the script tried to write to files of this host, which it may only read; see --rw, --mount"
+            )
+        if vm.files_error:
+            notes.append(f"error: this host's files were not to be had: {vm.files_error}")
+        outputs = self._plan.outputs if self._plan else None
+        if outputs is not None:
+            try:
+                if result.exit_code == 0:
+                    outputs.deliver(next(iter(result.texts(frames.F_OUTPUT_ERROR)), None))
+                else:
+                    notes.append("hint: the script failed, so no output was written")
+            finally:
+                self.drop()
+        return notes
+
+    def drop(self) -> None:
+        """Remove what was prepared for outputs."""
+        if self._plan is not None and self._plan.outputs is not None:
+            self._plan.outputs.close()
 
 
 def _server(values: Values) -> remote.Server:

@@ -97,6 +97,10 @@ def _run(values: Values, report: dict[str, Any], out: list[bytes], err: list[byt
     report["result_repr"] = next(iter(result.texts(frames.F_REPR)), None)
     report["error"] = _script_error(result)
     report["tables"] = [json.loads(text) for text in result.texts(frames.F_TABLE)]
+    for note in run.deliver(vm, result):
+        err.append(f"{note}\n".encode())
+        if report["error"] is not None and note.startswith("hint: "):
+            report["error"]["hint"] = note.removeprefix("hint: ")
 
 
 def _cost(vm: Place, report: dict[str, Any]) -> None:

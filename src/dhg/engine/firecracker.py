@@ -195,6 +195,7 @@ class Vm:
         "_load",
         "_log",
         "control",
+        "files",
         "pager",
         "process",
         "stderr",
@@ -227,6 +228,8 @@ class Vm:
         self.stdout: _socket.socket
         self.stderr: _socket.socket
         self.stdin: _socket.socket
+        #: None: the host's files are not served over vsock.
+        self.files: _socket.socket | None = None
         argv = [binary, "--api-sock", API if relative else f"{folder}/{API}", "--id", "dhg"]
         if relative:
             argv = ["/usr/bin/env", "-C", folder, *argv]

@@ -91,7 +91,7 @@ def drive_args(spec: Spec) -> list[str]:
 
 
 def channel_args() -> list[str]:
-    """QMP and the four ports, each over a socket that QEMU inherits."""
+    """QMP and the ports, each over a socket that QEMU inherits."""
     args = ["-chardev", f"socket,id=qmp,fd={FD_QMP}", "-mon", "chardev=qmp,mode=control"]
     args += ["-device", "virtio-serial-device,max_ports=8"]
     for number, (name, fd) in enumerate(CHANNELS, start=1):

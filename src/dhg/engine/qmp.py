@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Descriptor numbers in QEMU, the same in every run, so that the command line is, too.
-FD_QMP, FD_CONTROL, FD_STDOUT, FD_STDERR, FD_STDIN, FD_STATE, FD_CONSOLE, FD_LOCK, FD_LEASH = range(200, 209)
-CHANNELS = (("control", FD_CONTROL), ("stdout", FD_STDOUT), ("stderr", FD_STDERR), ("stdin", FD_STDIN))
+FD_QMP, FD_CONTROL, FD_STDOUT, FD_STDERR, FD_STDIN, FD_STATE, FD_CONSOLE, FD_LOCK, FD_LEASH, FD_FILES = range(200, 210)
+CHANNELS = (
+    ("control", FD_CONTROL),
+    ("stdout", FD_STDOUT),
+    ("stderr", FD_STDERR),
+    ("stdin", FD_STDIN),
+    ("files", FD_FILES),
+)
 
 
 class Qmp:
@@ -85,7 +91,7 @@ class Vm:
     program in between, and unlike PR_SET_PDEATHSIG does not fire when a mere thread of ours ends.
     """
 
-    __slots__ = ("_leash", "_log", "control", "process", "qmp", "stderr", "stdin", "stdout")
+    __slots__ = ("_leash", "_log", "control", "files", "process", "qmp", "stderr", "stdin", "stdout")
 
     def __init__(self, argv: Sequence[str], *, extra: dict[int, int], log: int = -1) -> None:
         self._log = log
@@ -112,7 +118,7 @@ class Vm:
             for sock in pairs:
                 sock.close()
         self.qmp = Qmp(ours[0])
-        self.control, self.stdout, self.stderr, self.stdin = ours[1:]
+        self.control, self.stdout, self.stderr, self.stdin, self.files = ours[1:]
 
     def close(self) -> None:
         """Kill QEMU, reap it, close the channels."""
@@ -121,7 +127,7 @@ class Vm:
         os.close(self._leash)
         if self._log >= 0:
             os.close(self._log)
-        for sock in (self.qmp.socket, self.control, self.stdout, self.stderr, self.stdin):
+        for sock in (self.qmp.socket, self.control, self.stdout, self.stderr, self.stdin, self.files):
             sock.close()
 
     def wait_resumed(self, *, deadline: proc.Deadline) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ Guest code: standard library and Deephaven only.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from ..wire import frames
@@ -15,7 +16,22 @@ from . import preview, script
 class Request:
     """A decoded REQUEST. Raises `FrameError` for a payload that is none."""
 
-    __slots__ = ("args", "base_ns", "end_mark", "entropy", "environ", "filename", "flags", "rows", "source", "time_ns")
+    __slots__ = (
+        "args",
+        "base_ns",
+        "end_mark",
+        "entropy",
+        "environ",
+        "file",
+        "filename",
+        "flags",
+        "folder",
+        "mounts",
+        "outputs",
+        "rows",
+        "source",
+        "time_ns",
+    )
 
     def __init__(self, payload: bytes) -> None:
         head = frames.REQUEST_HEAD
@@ -28,10 +44,24 @@ class Request:
         self.source = payload[at : at + source]
         self.filename = frames.text(payload[at + source : at + source + name])
         at += source + name
-        # Most requests have none.
-        found = frames.fields(payload[at:]) if len(payload) > at else {}
-        self.args = [frames.text(value) for value in found[frames.F_ARG]] if frames.F_ARG in found else []
-        self.environ = [frames.text(value) for value in found[frames.F_ENV]] if frames.F_ENV in found else []
+        self.file: str | None = None
+        self.folder: str | None = None
+        self.args: Sequence[str] = ()
+        self.environ: Sequence[str] = ()
+        self.mounts: Sequence[str] = ()
+        self.outputs: Sequence[str] = ()
+        # Most requests have no more.
+        if len(payload) > at:
+            self._add(frames.fields(payload[at:]))
+
+    def _add(self, found: dict[int, list[bytes]]) -> None:
+        texts = {key: tuple(frames.text(value) for value in values) for key, values in found.items()}
+        self.args = texts.get(frames.F_ARG, ())
+        self.environ = texts.get(frames.F_ENV, ())
+        self.mounts = texts.get(frames.F_MOUNT, ())
+        self.outputs = texts.get(frames.F_OUTPUT, ())
+        self.file = texts[frames.F_FILE][0] if frames.F_FILE in texts else None
+        self.folder = texts[frames.F_FOLDER][0] if frames.F_FOLDER in texts else None
 
 
 def set_environ(request: Request) -> None:
@@ -67,6 +97,8 @@ def result(outcome: script.Outcome, tables: list[str], times: tuple[int, int, in
             (frames.F_ERROR_TYPE, frames.F_ERROR_MESSAGE, frames.F_ERROR_TRACEBACK), outcome.error, strict=True
         ):
             payload += frames.field(key, text)
+    if outcome.output_error is not None:
+        payload += frames.field(frames.F_OUTPUT_ERROR, outcome.output_error)
     for table in tables:
         if len(payload) + len(table) < frames.MAX_PAYLOAD // 4:
             payload += frames.field(frames.F_TABLE, table)

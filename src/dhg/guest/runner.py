@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..wire import frames
-from . import exchange, preview, reseed, script, stdio
+from . import exchange, outputs, preview, reseed, script, shares, stdio
 
 if TYPE_CHECKING:
     from . import vsock
@@ -92,6 +92,7 @@ class Runner:
             self._machine_id = map_machine_id()
         #: Makes the channels anew where they were lost before a request came; gets and returns the control channel's descriptor.
         self.meet: Callable[[int], int] | None = None
+        self.arrange: Any = None
 
     def own_main(self) -> None:
         """Give the script a `__main__` of its own, as the interpreter makes it."""
@@ -114,6 +115,8 @@ class Runner:
         self._machine_id[:32] = name.encode()
         _socket.sethostname("dhg-" + name[:8])
         self.cells.overwrite()
+        if request.mounts or request.flags & frames.FLAG_NO_WORKSPACE:
+            self.arrange(request.mounts, not request.flags & frames.FLAG_NO_WORKSPACE)
 
     def prepare_interrupt(self) -> None:
         """Have whatever the host sends on the control channel interrupt this thread, from `watch_for_interrupt` on.
@@ -146,15 +149,20 @@ class Runner:
             signal.raise_signal(signal.SIGINT)
 
     def run(self, request: exchange.Request) -> tuple[script.Outcome, list[str]]:
-        """Run the script and show its tables; its outcome and, if asked for, the tables as JSON."""
+        """Run the script, show its tables, write its outputs; its outcome and, if asked for, the tables as JSON."""
         exchange.set_environ(request)
         if request.flags & frames.FLAG_STDIN:
             os.dup2(self.stdin, 0)
-        if not self.clone and request.filename[:1] != "<":
+        if request.folder is not None:
+            sys.path[0] = request.folder
+        elif not self.clone and request.filename[:1] != "<":
             sys.path[0] = os.path.dirname(os.path.abspath(request.filename))
         out = sys.stdout
-        outcome = script.Script(request.source, request.filename, request.args, self.names).run()
-        return outcome, exchange.show_tables(request, outcome, self.finder, self.names, out)
+        outcome = script.Script(request.source, request.filename, request.args, self.names, file=request.file).run()
+        tables = exchange.show_tables(request, outcome, self.finder, self.names, out)
+        if request.outputs and outcome.exit_code == 0:
+            outcome.output_error = outputs.write(self.names, request.outputs)
+        return outcome, tables
 
     def rehearse(self) -> None:
         """Go the way of a request some times, with output and clock as they would be in a clone.
@@ -278,8 +286,11 @@ def main_vm() -> None:
     runner.stdin = attach_ports(channels is None)
     runner.prepare_interrupt()
     script.settle()
+    # What Python has first for -c and -: the working directory, which is /workspace (see `init`).
+    sys.path.insert(0, "")
     reseed.python(runner.cells)
     runner.rehearse()
+    runner.arrange = shares.ready()
     gc.collect()
     gc.freeze()
     with open(f"{RUN_DIR}/frozen", "w"):

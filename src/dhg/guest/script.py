@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 import types
+from collections.abc import Sequence
 from typing import Any
 
 #: repr of a result and message of an exception, in what is reported; the text that is printed is never cut.
@@ -23,7 +24,7 @@ MAX_REPORTED = 1 << 20
 class Outcome:
     """How a script ended."""
 
-    __slots__ = ("error", "exit_code", "raised", "result_repr")
+    __slots__ = ("error", "exit_code", "output_error", "raised", "result_repr")
 
     def __init__(self) -> None:
         self.exit_code = 0
@@ -32,16 +33,24 @@ class Outcome:
         self.error: tuple[str, str, str] | None = None
         #: Whether an exception other than SystemExit ended it.
         self.raised = False
+        #: Why its tables could not be written to where they were wanted.
+        self.output_error: str | None = None
 
 
 class Script:
-    """One script to be run once. `filename` as given by the user; `<string>` for `-c`, `<stdin>` for `-`."""
+    """One script to be run once. `filename` as given by the user; `<string>` for `-c`, `<stdin>` for `-`.
 
-    def __init__(self, source: bytes, filename: str, args: list[str], names: dict[str, Any]) -> None:
+    `file` is where it is found here, if that is another path or an absolute one: its `__file__`.
+    """
+
+    def __init__(
+        self, source: bytes, filename: str, args: Sequence[str], names: dict[str, Any], *, file: str | None = None
+    ) -> None:
         self.source = source
         self.filename = filename
         self.args = args
         self.names = names
+        self.file = file
         self.outcome = Outcome()
 
     def run(self, *, end: bool = True) -> Outcome:
@@ -49,7 +58,7 @@ class Script:
         is_file = self.filename[:1] != "<"
         sys.argv = [self.filename if is_file else {"<string>": "-c"}.get(self.filename, "-"), *self.args]
         if is_file:
-            self.names["__file__"] = self.filename
+            self.names["__file__"] = self.file or self.filename
         self._guard(self._execute)
         if end:
             self._guard(self._wind_up)

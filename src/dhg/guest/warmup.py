@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import inspect
 import io
 import os
 import sys
@@ -84,6 +85,7 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     if importlib.util.find_spec("deephaven_server") is None:
         return warm_up_bare(runner, log)
     versions = start_server(log, jvm_args())
+    frames_without_source()
     runner.finder = preview.Finder()
     # The exit handlers of the server and of pandas are for the end of this process, not of a script.
     script.settle()
@@ -107,6 +109,36 @@ def warm_up_bare(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     rehearse_failure()
     gc.collect()
     return {"python": sys.version.split()[0]}
+
+
+def frames_without_source() -> None:
+    """Have Deephaven look at its callers' frames without their source.
+
+    Each query asks `inspect` for all frames above it and the line each is at, of which it uses the names of files and functions only
+    (deephaven/_query_scope.py). To find those lines `inspect` looks for the script's file, and for "<string>", in the working
+    directory, which is the host's: that would make every query a reader of files.
+    """
+    try:
+        from deephaven import _query_scope
+    except ImportError:
+        return  # another release; it may be slower
+    if hasattr(_query_scope, "inspect"):
+        vars(_query_scope)["inspect"] = _Frames
+
+
+class _Frames:
+    """What that module needs of `inspect`."""
+
+    currentframe = staticmethod(inspect.currentframe)
+
+    @staticmethod
+    def getouterframes(frame: Any, context: int = 1) -> list[inspect.FrameInfo]:
+        found = []
+        while frame is not None:
+            code = frame.f_code
+            found.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+            frame = frame.f_back
+        return found
 
 
 def rehearse(finder: preview.Finder, name: str, source: str) -> None:

@@ -24,7 +24,7 @@ from ..errors import SnapshotError, SnapshotMissing
 from ..wire import frames
 
 #: Version of `launch` and of the manifest.
-FORMAT = 1
+FORMAT = 2
 
 #: How often a lock is tried, every 10 ms.
 LOCK_TRIES = 1000

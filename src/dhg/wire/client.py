@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     #: Receives the script's bytes as they come.
     Sink = Callable[[bytes], object]
 
+    #: A channel, and what starts a server for it when the first byte has come: it returns a pidfd.
+    Files = tuple[_socket.socket, Callable[[], int]]
+
 
 #: How often a guest is asked for its clock at most, how long it may take, and which round trip is short enough.
 CLOCK_ROUNDS = 8
@@ -32,10 +35,12 @@ class Request:
     """A script to run.
 
     `environ` are items NAME=VALUE; `stdin` says whether the script gets any; `flags` are those of REQUEST but FLAG_STDIN;
-    `rows` is how many rows of each table are shown.
+    `rows` is how many rows of each table are shown. `file`, `folder`, `mounts` and `outputs` are as in REQUEST.
     """
 
-    __slots__ = ("args", "environ", "filename", "flags", "rows", "source", "stdin")
+    __slots__ = (
+        "args", "environ", "file", "filename", "flags", "folder", "mounts", "outputs", "rows", "source", "stdin"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -47,6 +52,10 @@ class Request:
         stdin: bool = False,
         flags: int = 0,
         rows: int = 10,
+        file: str | None = None,
+        folder: str | None = None,
+        mounts: tuple[str, ...] = (),
+        outputs: tuple[str, ...] = (),
     ) -> None:
         self.source = source
         self.filename = filename
@@ -55,6 +64,10 @@ class Request:
         self.stdin = stdin
         self.flags = flags
         self.rows = rows
+        self.file = file
+        self.folder = folder
+        self.mounts = mounts
+        self.outputs = outputs
 
 
 class Result:
@@ -110,6 +123,11 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
     parts = [head, request.source, name]
     parts += [frames.field(frames.F_ARG, arg) for arg in request.args]
     parts += [frames.field(frames.F_ENV, item) for item in request.environ]
+    for key, text in ((frames.F_FILE, request.file), (frames.F_FOLDER, request.folder)):
+        if text is not None:
+            parts.append(frames.field(key, text))
+    for key, texts in ((frames.F_MOUNT, request.mounts), (frames.F_OUTPUT, request.outputs)):
+        parts += [frames.field(key, text) for text in texts]
     try:
         return frames.frame(frames.REQUEST, b"".join(parts))
     except frames.FrameError as error:
@@ -246,10 +264,12 @@ class Session:
         deadline: proc.Deadline | None = None,
         stdin: tuple[int, _socket.socket] | None = None,
         clock: Clock | None = None,
+        files: Files | None = None,
     ) -> Result:
         """Send the request and stream until the result is there and both outputs are complete.
 
-        `stdin` is a descriptor to read and the channel to pass it to. Raises `DeadlineExceeded` at the deadline,
+        `stdin` is a descriptor to read and the channel to pass it to; `files` is how the guest is served files once it asks
+        for one. Raises `DeadlineExceeded` at the deadline,
         `OutcomeUnknown` if the VM goes away, `ProtocolError` for bytes that are no frame; what was printed before has
         reached the sinks in any case.
         """
@@ -263,6 +283,7 @@ class Session:
         for fd in (control, *streams):
             poller.register(fd, select.POLLIN)
         source = _Input(stdin, poller) if stdin else None
+        server = _Files(files, poller, now=bool(request.outputs)) if files else None
         result: Result | None = None
         while result is None or not all(stream.done for stream in outputs):
             events = poller.poll(None if deadline is None else deadline.left() * 1000)
@@ -276,6 +297,8 @@ class Session:
                     result = self._control() or result
                     if self.died is not None:
                         self._gone(outputs)
+                elif server and fd in server.fds:
+                    server.handle(fd)
                 elif source:
                     source.handle(fd, event)
         return result
@@ -364,5 +387,43 @@ class _Input:
         # QEMU tells the guest that the port's other side is closed: read() returns 0 there.
         try:
             self._socket.shutdown(1)
+        except OSError:
+            pass
+
+
+class _Files:
+    """Waits for the guest to touch a file, starts the server that serves it, and then for that to end."""
+
+    def __init__(self, files: Files, poller: select.poll, *, now: bool) -> None:
+        self._socket, self._start = files
+        self._poller = poller
+        self.fds = {self._socket.fileno()}
+        if now:
+            self._serve()
+        else:
+            poller.register(self._socket.fileno(), select.POLLIN)
+
+    def _serve(self) -> None:
+        pidfd = self._start()
+        self.fds.add(pidfd)
+        self._poller.register(pidfd, select.POLLIN)
+
+    def handle(self, fd: int) -> None:
+        """Go on after an event on one of our descriptors."""
+        self._poller.unregister(fd)
+        if fd == self._socket.fileno():
+            if not self._socket.recv(1, 2):  # MSG_PEEK
+                return
+            self._serve()
+            return
+        # Without a server the guest would wait for ever: once the channel is closed, its kernel fails every request. What it is
+        # writing at this moment it must get rid of first.
+        try:
+            while self._socket.recv(1 << 20, 0x40):  # MSG_DONTWAIT
+                pass
+        except OSError:
+            pass
+        try:
+            self._socket.shutdown(2)
         except OSError:
             pass

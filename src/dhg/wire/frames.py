@@ -80,12 +80,17 @@ F_BASE_NS = 25
 # Fields of REQUEST.
 F_ARG = 18  # sys.argv[1:], one a field
 F_ENV = 19  # NAME=VALUE, one a field
+F_FILE = 26  # the script's path in the guest, if it lies in a directory that is shared
+F_FOLDER = 27  # the directory that a script given by path has first on sys.path
+F_MOUNT = 28  # where share 1, 2, ... is to appear, one a field; share 0 is /workspace
+F_OUTPUT = 29  # a table to write when the script has succeeded: NAME, format, path, each ended by a NUL
 
 # Flags of REQUEST.
 FLAG_STDIN = 1  # the stdin channel carries data; otherwise stdin is /dev/null
 FLAG_TABLES = 2  # show the tables that the script leaves
 FLAG_TABLE_META = 4  # with their columns
 FLAG_JSON = 8  # as data in RESULT instead of text on stdout
+FLAG_NO_WORKSPACE = 16  # take /workspace away
 
 # Field of DIED.
 F_EXIT = 32
@@ -96,6 +101,7 @@ F_ERROR_TYPE = 36  # of the exception that ended the script
 F_ERROR_MESSAGE = 37
 F_ERROR_TRACEBACK = 38
 F_TABLE = 39  # JSON, one table a field
+F_OUTPUT_ERROR = 40  # why a table of F_OUTPUT could not be written
 
 
 class FrameError(Exception):

@@ -1,0 +1,680 @@
+"""The server of the host's files, spoken to as a guest's kernel does, over a real socket and with real files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from struct import Struct
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dhg.share import nodes, protocol
+from dhg.share.ignore import Patterns
+from dhg.share.nodes import FIRST_SHARE_ID, Share
+from dhg.share.server import Broken, Server
+
+#: Share 0 is read-only, share 1 may be written to.
+READ_ONLY, WRITABLE = FIRST_SHARE_ID, FIRST_SHARE_ID + 1
+ENTRY_SIZE = protocol.ENTRY_OUT.size + protocol.ATTR.size
+
+
+class Guest:
+    """The guest's side of the connection."""
+
+    def __init__(self, folders: list[tuple[Path, bool]], *, max_handles: int = 64) -> None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(20)
+        self.socket = ours
+        self.theirs = theirs
+        self.fds = [os.open(path, os.O_PATH | os.O_DIRECTORY) for path, _ in folders]
+        shares = []
+        for number, (path, writable) in enumerate(folders):
+            share = Share(number, self.fds[number], writable=writable)
+            ignore = path / ".dhgignore"
+            if ignore.is_file():
+                share.patterns = Patterns(ignore.read_bytes())
+                share.guard = (ignore.stat().st_dev, ignore.stat().st_ino)
+            shares.append(share)
+        self.server = Server(theirs.fileno(), shares, max_handles=max_handles)
+        self.broken: BaseException | None = None
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+        self.unique = 0
+        self.stored: list[bytes] = []
+
+    def _serve(self) -> None:
+        try:
+            self.server.serve()
+        except BaseException as error:
+            self.broken = error
+        self.theirs.close()
+
+    def close(self) -> None:
+        self.socket.close()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        for fd in self.fds:
+            os.close(fd)
+
+    def send(self, opcode: int, node: int, body: bytes = b"") -> int:
+        self.unique += 1
+        self.socket.sendall(protocol.IN.pack(protocol.IN.size + len(body), opcode, self.unique, node) + body)
+        return self.unique
+
+    def _take(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self.socket.recv(size - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+    def ask(self, opcode: int, node: int, body: bytes = b"") -> tuple[int, bytes]:
+        """The error number (0 for none) and the body of the reply."""
+        unique = self.send(opcode, node, body)
+        while True:
+            length, error, number = protocol.OUT.unpack(self._take(protocol.OUT.size))
+            reply = self._take(length - protocol.OUT.size)
+            if number == unique:
+                assert not (error and reply)
+                return -error, reply
+            assert (number, error) == (0, protocol.NOTIFY_STORE)
+            self.stored.append(reply)
+
+    def good(self, opcode: int, node: int, body: bytes = b"") -> bytes:
+        error, reply = self.ask(opcode, node, body)
+        assert error == 0, os.strerror(error)
+        return reply
+
+    def bad(self, opcode: int, node: int, body: bytes = b"") -> str:
+        error, _ = self.ask(opcode, node, body)
+        return errno.errorcode.get(error, str(error))
+
+    def lookup(self, node: int, name: str | bytes) -> int:
+        """The node of a name, 0 if there is none."""
+        raw = name.encode() if isinstance(name, str) else name
+        return int.from_bytes(self.good(protocol.LOOKUP, node, raw + b"\0")[:8], "little")
+
+    def walk(self, node: int, path: str) -> int:
+        for name in path.split("/"):
+            node = self.lookup(node, name)
+            assert node, path
+        return node
+
+    def open(self, node: int, flags: int = os.O_RDONLY) -> int:
+        return int.from_bytes(self.good(protocol.OPEN, node, protocol.OPEN_IN.pack(flags))[:8], "little")
+
+    def read(self, node: int, handle: int, size: int = 1 << 20, offset: int = 0) -> bytes:
+        return self.good(protocol.READ, node, protocol.READ_IN.pack(handle, offset, size))
+
+    def names(self, node: int, *, plus: bool = False) -> list[str]:
+        handle = int.from_bytes(self.good(protocol.OPENDIR, node, protocol.OPEN_IN.pack(0))[:8], "little")
+        found, offset = [], 0
+        opcode = protocol.READDIRPLUS if plus else protocol.READDIR
+        while data := self.good(opcode, node, protocol.READ_IN.pack(handle, offset, 4096)):
+            assert len(data) <= 4096
+            at = 0
+            while at < len(data):
+                at += ENTRY_SIZE if plus else 0
+                _, offset, length, _ = protocol.DIRENT.unpack_from(data, at)
+                at += protocol.DIRENT.size
+                found.append(os.fsdecode(data[at : at + length]))
+                at += length + -length % 8
+        self.send(protocol.RELEASEDIR, node, protocol.RELEASE_IN.pack(handle))
+        return [name for name in found if name not in (".", "..")]
+
+    def mode(self, node: int) -> int:
+        reply = self.good(protocol.GETATTR, node, protocol.GETATTR_IN.pack(0, 0))
+        return int(protocol.ATTR.unpack_from(reply, protocol.ATTR_OUT.size)[9])
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    found = [tmp_path / "ro", tmp_path / "rw"]
+    for folder in found:
+        folder.mkdir()
+    (tmp_path / "secret").write_text("outside")
+    return found
+
+
+Start = Callable[[], Guest]
+
+
+@pytest.fixture
+def start(folders: list[Path]) -> Iterator[Start]:
+    guests: list[Guest] = []
+    mask = os.umask(0)
+
+    def make() -> Guest:
+        guests.append(Guest([(folders[0], False), (folders[1], True)]))
+        return guests[-1]
+
+    yield make
+    for guest in guests:
+        guest.close()
+        assert guest.broken is None or isinstance(guest.broken, Broken)
+    os.umask(mask)
+
+
+def create(name: bytes, flags: int = os.O_RDWR, mode: int = 0o644) -> bytes:
+    return protocol.CREATE_IN.pack(flags, mode) + name + b"\0"
+
+
+def test_what_is_there_can_be_read(start: Start, folders: list[Path]) -> None:
+    (folders[0] / "dir").mkdir()
+    data = os.urandom(300_000)
+    (folders[0] / "dir" / "größe ☃").write_bytes(data)
+    os.symlink("dir/größe ☃", folders[0] / "link")
+    guest = start()
+    node = guest.walk(READ_ONLY, "dir/größe ☃")
+    handle = guest.open(node)
+    assert guest.read(node, handle) == data
+    assert guest.read(node, handle, 10, 299_995) == data[-5:]
+    assert guest.read(node, handle, 10, 1 << 40) == b""
+    assert guest.good(protocol.READLINK, guest.lookup(READ_ONLY, "link")) == "dir/größe ☃".encode()
+    assert sorted(guest.names(READ_ONLY)) == sorted(guest.names(READ_ONLY, plus=True)) == ["dir", "link"]
+    assert sorted(guest.names(protocol.IN.size and 1)) == ["0", "1"]
+    assert guest.lookup(READ_ONLY, "nothing") == 0
+    assert guest.lookup(1, "0") == READ_ONLY
+
+
+def test_a_small_file_comes_with_its_open_and_the_cache_stays_good_until_it_changes(
+    start: Start, folders: list[Path]
+) -> None:
+    (folders[0] / "a").write_text("small")
+    (folders[0] / "big").write_bytes(bytes(protocol.SMALL + 1))
+    guest = start()
+    node = guest.lookup(READ_ONLY, "a")
+
+    def flags() -> int:
+        return protocol.OPEN_OUT.unpack(guest.good(protocol.OPEN, node, protocol.OPEN_IN.pack(0)))[1]  # type: ignore[no-any-return]
+
+    assert flags() == protocol.KEEP_CACHE
+    assert guest.stored == [protocol.STORE_OUT.pack(node, 0, 5) + b"small"]
+    assert flags() == protocol.KEEP_CACHE
+    assert len(guest.stored) == 1
+    (folders[0] / "a").write_text("other")
+    assert flags() == protocol.KEEP_CACHE
+    assert guest.stored[1:] == [protocol.STORE_OUT.pack(node, 0, 5) + b"other"]
+    # The guest takes it for five bytes long still: it has to ask again.
+    (folders[0] / "a").write_text("longer now")
+    assert flags() == 0
+    guest.open(guest.lookup(READ_ONLY, "big"))
+    assert len(guest.stored) == 2
+
+
+def test_a_directory_of_many_entries_is_listed_whole_and_once(start: Start, folders: list[Path]) -> None:
+    wanted = {f"file number {i} with a longer name" for i in range(1000)}
+    for name in wanted:
+        (folders[0] / name).touch()
+    guest = start()
+    for plus in (False, True):
+        found = guest.names(READ_ONLY, plus=plus)
+        assert len(found) == 1000
+        assert set(found) == wanted
+
+
+@pytest.mark.parametrize("name", [b"..", b".", b"", b"a/b", b"../secret", b"/etc/passwd", b"a\0b", b"x" * 256])
+def test_names_are_single_components(start: Start, folders: list[Path], name: bytes) -> None:
+    guest = start()
+    for opcode in (protocol.LOOKUP, protocol.UNLINK, protocol.RMDIR):
+        assert guest.bad(opcode, WRITABLE, name + b"\0") in ("EINVAL", "ENAMETOOLONG")
+    assert guest.bad(protocol.CREATE, WRITABLE, create(name)) in ("EINVAL", "ENAMETOOLONG")
+    assert guest.bad(protocol.MKDIR, WRITABLE, protocol.MKDIR_IN.pack(0o755) + name + b"\0") in (
+        "EINVAL",
+        "ENAMETOOLONG",
+    )
+    assert guest.bad(protocol.LOOKUP, WRITABLE, b"no end") == "EINVAL"
+    assert os.listdir(folders[1]) == []
+
+
+def test_symlinks_are_never_followed_here(start: Start, folders: list[Path], tmp_path: Path) -> None:
+    os.symlink(tmp_path, folders[0] / "out")
+    os.symlink(tmp_path / "secret", folders[0] / "file")
+    guest = start()
+    out, file = guest.lookup(READ_ONLY, "out"), guest.lookup(READ_ONLY, "file")
+    assert stat.S_ISLNK(guest.mode(out))
+    assert guest.bad(protocol.LOOKUP, out, b"secret\0") == "ESTALE"
+    assert guest.bad(protocol.OPENDIR, out, protocol.OPEN_IN.pack(0)) == "ENOTDIR"
+    assert guest.bad(protocol.OPEN, file, protocol.OPEN_IN.pack(0)) == "EACCES"
+
+
+def test_a_directory_swapped_for_a_symlink_leads_nowhere(start: Start, folders: list[Path], tmp_path: Path) -> None:
+    (folders[1] / "dir").mkdir()
+    (folders[1] / "dir" / "secret").write_text("inside")
+    guest = start()
+    folder = guest.lookup(WRITABLE, "dir")
+    file = guest.lookup(folder, "secret")
+    os.rename(folders[1] / "dir", folders[1] / "dir.away")
+    os.symlink(tmp_path, folders[1] / "dir")
+    assert guest.bad(protocol.LOOKUP, folder, b"secret\0") == "ESTALE"
+    assert guest.bad(protocol.OPEN, file, protocol.OPEN_IN.pack(os.O_RDWR)) == "ESTALE"
+    assert guest.bad(protocol.CREATE, folder, create(b"new")) == "ESTALE"
+    assert guest.bad(protocol.UNLINK, folder, b"secret\0") == "ESTALE"
+    assert (tmp_path / "secret").read_text() == "outside"
+
+
+def test_a_race_for_a_symlink_is_never_won(start: Start, folders: list[Path], tmp_path: Path) -> None:
+    (folders[1] / "dir").mkdir()
+    (folders[1] / "dir" / "secret").write_text("inside")
+    os.symlink(tmp_path, folders[1] / "evil")
+    stop = threading.Event()
+
+    def swap() -> None:
+        import dhg.share.beneath as beneath
+
+        fd = os.open(folders[1], os.O_PATH)
+        while not stop.is_set():
+            beneath.rename(fd, b"dir", fd, b"evil", 2)
+        os.close(fd)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    guest = start()
+    read = 0
+    try:
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            error, reply = guest.ask(protocol.LOOKUP, WRITABLE, b"dir\0")
+            folder = int.from_bytes(reply[:8], "little")
+            if error or not folder:
+                continue
+            error, reply = guest.ask(protocol.LOOKUP, folder, b"secret\0")
+            node = int.from_bytes(reply[:8], "little")
+            if error or not node:
+                continue
+            error, reply = guest.ask(protocol.OPEN, node, protocol.OPEN_IN.pack(0))
+            if error:
+                continue
+            handle = int.from_bytes(reply[:8], "little")
+            assert guest.read(node, handle) == b"inside"
+            read += 1
+            guest.send(protocol.RELEASE, node, protocol.RELEASE_IN.pack(handle))
+    finally:
+        stop.set()
+        thread.join()
+    assert read
+    assert all(reply[protocol.STORE_OUT.size :] == b"inside" for reply in guest.stored)
+
+
+def test_only_regular_files_are_opened(start: Start, folders: list[Path]) -> None:
+    os.mkfifo(folders[1] / "fifo")
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(folders[1] / "socket"))
+    names = ["fifo", "socket"]
+    if os.geteuid() == 0:
+        os.mknod(folders[1] / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        names.append("null")
+    guest = start()
+    for name in names:
+        node = guest.lookup(WRITABLE, name)
+        for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_TRUNC):
+            assert guest.bad(protocol.OPEN, node, protocol.OPEN_IN.pack(flags)) == "EACCES"
+        set_size = protocol.SETATTR_IN.pack(protocol.SET_SIZE, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        assert guest.bad(protocol.SETATTR, node, set_size) == "EINVAL"
+    sock.close()
+    for kind in (stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK):
+        assert guest.bad(protocol.MKNOD, WRITABLE, protocol.MKNOD_IN.pack(kind | 0o666) + b"new\0") == "EPERM"
+
+
+def test_read_only_is_read_only(start: Start, folders: list[Path]) -> None:
+    (folders[0] / "a").write_text("a")
+    guest = start()
+    node = guest.lookup(READ_ONLY, "a")
+    assert not guest.server.files.refused_write
+    # Not what a user asked for, and no reason for a hint.
+    assert guest.bad(protocol.MKDIR, READ_ONLY, protocol.MKDIR_IN.pack(0o755) + b"__pycache__\0") == "EROFS"
+    assert guest.bad(protocol.ACCESS, node, protocol.ACCESS_IN.pack(os.W_OK)) == "EROFS"
+    assert not guest.server.files.refused_write
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_TRUNC):
+        assert guest.bad(protocol.OPEN, node, protocol.OPEN_IN.pack(flags)) == "EROFS"
+    assert guest.server.files.refused_write
+    for opcode, on, body in (
+        (protocol.CREATE, READ_ONLY, create(b"b")),
+        (protocol.MKNOD, READ_ONLY, protocol.MKNOD_IN.pack(stat.S_IFREG) + b"b\0"),
+        (protocol.MKDIR, READ_ONLY, protocol.MKDIR_IN.pack(0o755) + b"b\0"),
+        (protocol.UNLINK, READ_ONLY, b"a\0"),
+        (protocol.RMDIR, READ_ONLY, b"a\0"),
+        (protocol.SYMLINK, READ_ONLY, b"b\0a\0"),
+        (protocol.LINK, READ_ONLY, protocol.LINK_IN.pack(node) + b"b\0"),
+        (protocol.RENAME, READ_ONLY, protocol.RENAME_IN.pack(READ_ONLY) + b"a\0b\0"),
+        (protocol.RENAME2, WRITABLE, protocol.RENAME2_IN.pack(READ_ONLY, 0) + b"a\0b\0"),
+        (protocol.SETATTR, node, protocol.SETATTR_IN.pack(protocol.SET_MODE, 0, 0, 0, 0, 0, 0, 0, 0, 0)),
+    ):
+        assert guest.bad(opcode, on, body) == "EROFS", opcode
+    # A handle that can be read cannot be written.
+    handle = guest.open(node)
+    assert guest.bad(protocol.WRITE, node, protocol.WRITE_IN.pack(handle, 0, 1) + b"x") == "EBADF"
+    # Nor can a read-only file be reached by a link in a share that may be written to.
+    assert guest.bad(protocol.LINK, WRITABLE, protocol.LINK_IN.pack(node) + b"b\0") == "EXDEV"
+    assert (folders[0] / "a").read_text() == "a"
+    assert os.listdir(folders[0]) == ["a"]
+
+
+def test_numbers_that_were_never_given_out(start: Start, folders: list[Path]) -> None:
+    (folders[1] / "a").write_text("a")
+    (folders[1] / "b").write_text("b")
+    guest = start()
+    a, b = guest.lookup(WRITABLE, "a"), guest.lookup(WRITABLE, "b")
+    handle = guest.open(a, os.O_RDWR)
+    for number in (0, 3, 4, 5, 6, 200, handle + 1, 2**31, 2**63, 2**64 - 1):
+        assert guest.bad(protocol.READ, a, protocol.READ_IN.pack(number, 0, 10)) == "EBADF"
+        assert guest.bad(protocol.WRITE, a, protocol.WRITE_IN.pack(number, 0, 1) + b"x") == "EBADF"
+        assert guest.bad(protocol.READDIR, WRITABLE, protocol.READ_IN.pack(number, 0, 4096)) == "EBADF"
+        guest.send(protocol.RELEASE, a, protocol.RELEASE_IN.pack(number))
+    for number in (0, 4, 99, nodes.FIRST_ID - 1, b + 1, 2**63, 2**64 - 1):
+        assert guest.bad(protocol.GETATTR, number, protocol.GETATTR_IN.pack(0, 0)) == "ESTALE"
+        assert guest.bad(protocol.OPEN, number, protocol.OPEN_IN.pack(0)) == "ESTALE"
+        guest.send(protocol.FORGET, number, protocol.FORGET_IN.pack(2**64 - 1))
+    # A handle belongs to the file it was opened for.
+    assert guest.bad(protocol.READ, b, protocol.READ_IN.pack(handle, 0, 10)) == "EBADF"
+    guest.send(protocol.FORGET, 1, protocol.FORGET_IN.pack(2**64 - 1))
+    guest.send(protocol.FORGET, WRITABLE, protocol.FORGET_IN.pack(2**64 - 1))
+    assert guest.lookup(WRITABLE, "a") == a
+    assert guest.bad(9999, WRITABLE) == "ENOSYS"
+    assert guest.bad(protocol.INIT, WRITABLE, bytes(64)) == "ENOSYS"
+
+
+def test_offsets_and_sizes_beyond_reason(start: Start, folders: list[Path]) -> None:
+    (folders[1] / "a").write_text("abc")
+    guest = start()
+    node = guest.lookup(WRITABLE, "a")
+    handle = guest.open(node, os.O_RDWR)
+    for offset in (2**63 - 1, 2**63, 2**64 - 1):
+        assert guest.bad(protocol.WRITE, node, protocol.WRITE_IN.pack(handle, offset, 1) + b"x") in ("EINVAL", "EFBIG")
+        error, reply = guest.ask(protocol.READ, node, protocol.READ_IN.pack(handle, offset, 10))
+        assert error in (0, errno.EINVAL)
+        assert reply == b""
+        set_size = protocol.SETATTR_IN.pack(protocol.SET_SIZE, 0, offset, 0, 0, 0, 0, 0, 0, 0)
+        assert guest.bad(protocol.SETATTR, node, set_size) in ("EINVAL", "EFBIG", "0")
+        os.truncate(folders[1] / "a", 3)
+    assert guest.bad(protocol.WRITE, node, protocol.WRITE_IN.pack(handle, 0, 10) + b"x") == "EINVAL"
+    assert len(guest.read(node, handle, 2**32 - 1)) == 3
+    times = protocol.SETATTR_IN.pack(protocol.SET_MTIME, 0, 0, 0, 2**63 - 1, 0, 2**32 - 1, 0, 0, 0)
+    assert guest.bad(protocol.SETATTR, node, times) == "EINVAL"
+
+
+def test_a_file_of_many_gigabytes_is_read_in_part(start: Start, folders: list[Path]) -> None:
+    with (folders[0] / "big").open("wb") as file:
+        file.truncate(50 << 30)
+        file.seek(40 << 30)
+        file.write(b"here")
+    guest = start()
+    node = guest.lookup(READ_ONLY, "big")
+    handle = guest.open(node)
+    assert guest.read(node, handle, 8, 40 << 30) == b"here\0\0\0\0"
+    lseek = protocol.LSEEK_IN.pack(handle, 0, os.SEEK_DATA)
+    assert int.from_bytes(guest.good(protocol.LSEEK, node, lseek), "little") == 40 << 30
+    assert guest.bad(protocol.LSEEK, node, protocol.LSEEK_IN.pack(handle, 0, 77)) == "EINVAL"
+
+
+def test_writing_as_on_a_local_file_system(start: Start, folders: list[Path]) -> None:
+    guest = start()
+    folder = folders[1]
+    reply = guest.good(protocol.CREATE, WRITABLE, create(b"a", os.O_RDWR | os.O_EXCL, 0o6640))
+    node = int.from_bytes(reply[:8], "little")
+    handle = int.from_bytes(reply[ENTRY_SIZE : ENTRY_SIZE + 8], "little")
+    # No set-user-ID program comes from a guest.
+    assert stat.S_IMODE((folder / "a").stat().st_mode) == 0o640
+    assert guest.bad(protocol.CREATE, WRITABLE, create(b"a", os.O_RDWR | os.O_EXCL)) == "EEXIST"
+    guest.good(protocol.WRITE, node, protocol.WRITE_IN.pack(handle, 2, 3) + b"xyz")
+    assert (folder / "a").read_bytes() == b"\0\0xyz"
+    append = guest.open(node, os.O_WRONLY | os.O_APPEND)
+    guest.good(protocol.WRITE, node, protocol.WRITE_IN.pack(append, 0, 1) + b"!")
+    assert (folder / "a").read_bytes() == b"\0\0xyz!"
+    guest.good(protocol.FSYNC, node, protocol.FSYNC_IN.pack(handle, 0))
+    guest.good(protocol.FSYNC, node, protocol.FSYNC_IN.pack(handle, protocol.FSYNC_DATA))
+    set_size = protocol.SETATTR_IN.pack(protocol.SET_SIZE | protocol.SET_FH, handle, 4, 0, 0, 0, 0, 0, 0, 0)
+    guest.good(protocol.SETATTR, node, set_size)
+    assert (folder / "a").read_bytes() == b"\0\0xy"
+    set_mode = protocol.SETATTR_IN.pack(protocol.SET_MODE, 0, 0, 0, 0, 0, 0, 0o4755, 0, 0)
+    guest.good(protocol.SETATTR, node, set_mode)
+    assert stat.S_IMODE((folder / "a").stat().st_mode) == 0o755
+    set_times = protocol.SETATTR_IN.pack(protocol.SET_ATIME | protocol.SET_MTIME, 0, 0, -5, 7, 500, 8, 0, 0, 0)
+    guest.good(protocol.SETATTR, node, set_times)
+    found = (folder / "a").stat()
+    assert (found.st_atime_ns, found.st_mtime_ns) == (-5 * 10**9 + 500, 7 * 10**9 + 8)
+    mine = protocol.SETATTR_IN.pack(protocol.SET_UID | protocol.SET_GID, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    guest.good(protocol.SETATTR, node, mine)
+    others = protocol.SETATTR_IN.pack(protocol.SET_UID, 0, 0, 0, 0, 0, 0, 0, 12345, 0)
+    assert guest.bad(protocol.SETATTR, node, others) == "EPERM"
+    # Open and without a name: still there.
+    guest.good(protocol.UNLINK, WRITABLE, b"a\0")
+    assert guest.read(node, handle) == b"\0\0xy"
+    guest.good(protocol.GETATTR, node, protocol.GETATTR_IN.pack(0, 0))
+    guest.good(protocol.SETATTR, node, set_mode)
+    guest.send(protocol.RELEASE, node, protocol.RELEASE_IN.pack(handle))
+    guest.send(protocol.RELEASE, node, protocol.RELEASE_IN.pack(append))
+    assert guest.bad(protocol.GETATTR, node, protocol.GETATTR_IN.pack(0, 0)) == "ESTALE"
+
+
+def test_names_come_and_go_as_on_a_local_file_system(start: Start, folders: list[Path]) -> None:
+    guest = start()
+    folder = folders[1]
+    made = guest.good(protocol.MKDIR, WRITABLE, protocol.MKDIR_IN.pack(0o1750) + b"d\0")
+    d = int.from_bytes(made[:8], "little")
+    assert stat.S_IMODE((folder / "d").stat().st_mode) == 0o1750
+    assert guest.bad(protocol.MKDIR, WRITABLE, protocol.MKDIR_IN.pack(0o755) + b"d\0") == "EEXIST"
+    guest.good(protocol.CREATE, d, create(b"f"))
+    f = guest.lookup(d, "f")
+    assert guest.bad(protocol.RMDIR, WRITABLE, b"d\0") == "ENOTEMPTY"
+    assert guest.bad(protocol.UNLINK, WRITABLE, b"d\0") in ("EISDIR", "EPERM")
+    guest.good(protocol.SYMLINK, d, b"s\0../../..//etc\0")
+    assert os.readlink(folder / "d" / "s") == "../../..//etc"
+    linked = guest.good(protocol.LINK, WRITABLE, protocol.LINK_IN.pack(f) + b"hard\0")
+    assert int.from_bytes(linked[:8], "little") == f
+    assert (folder / "hard").stat().st_nlink == 2
+    # Whatever its directory is called meanwhile, a node stays the same file.
+    guest.good(protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(WRITABLE) + b"d\0e\0")
+    (folder / "e" / "f").write_text("moved")
+    assert guest.read(f, guest.open(f)) == b"moved"
+    no_replace = protocol.RENAME2_IN.pack(WRITABLE, 1)
+    assert guest.bad(protocol.RENAME2, WRITABLE, no_replace + b"hard\0e\0") == "EEXIST"
+    guest.good(protocol.RENAME2, WRITABLE, protocol.RENAME2_IN.pack(WRITABLE, 2) + b"hard\0e\0")
+    assert (folder / "hard").is_dir() and (folder / "e").is_file()
+    assert guest.bad(protocol.RENAME2, WRITABLE, protocol.RENAME2_IN.pack(WRITABLE, 4) + b"hard\0x\0") == "EINVAL"
+    assert guest.bad(protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(WRITABLE) + b"none\0x\0") == "ENOENT"
+    assert guest.bad(protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(1) + b"hard\0x\0") == "EPERM"
+    guest.good(protocol.UNLINK, WRITABLE, b"e\0")
+    guest.good(protocol.GETATTR, f, protocol.GETATTR_IN.pack(0, 0))
+    folder_node = guest.lookup(WRITABLE, "hard")
+    assert folder_node == d
+    for name in (b"f\0", b"s\0"):
+        guest.good(protocol.UNLINK, d, name)
+    guest.good(protocol.RMDIR, WRITABLE, b"hard\0")
+    assert os.listdir(folder) == []
+
+
+def test_dhgignore(start: Start, folders: list[Path]) -> None:
+    folder = folders[1]
+    (folder / ".dhgignore").write_text("# secrets\n.env\n*.key\n/build/\nconf/*.pem\n!conf/public.pem\n")
+    for name in ("conf", "build", "sub", "sub/build", ".git"):
+        (folder / name).mkdir()
+    for name in (".env", "a.key", "b", "conf/x.pem", "conf/public.pem", "sub/.env", "sub/c.key", "build/o"):
+        (folder / name).write_text(name)
+    guest = start()
+    assert sorted(guest.names(WRITABLE)) == [".dhgignore", ".git", "b", "conf", "sub"]
+    assert sorted(guest.names(WRITABLE, plus=True)) == [".dhgignore", ".git", "b", "conf", "sub"]
+    conf, sub = guest.lookup(WRITABLE, "conf"), guest.lookup(WRITABLE, "sub")
+    assert guest.names(conf) == ["public.pem"]
+    assert guest.names(sub) == ["build"]
+    assert [guest.lookup(WRITABLE, name) for name in (".env", "a.key", "build")] == [0, 0, 0]
+    b = guest.lookup(WRITABLE, "b")
+    for opcode, node, body, wanted in (
+        (protocol.CREATE, WRITABLE, create(b".env"), "EACCES"),
+        (protocol.UNLINK, WRITABLE, b".env\0", "EACCES"),
+        (protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(WRITABLE) + b".env\0open\0", "EACCES"),
+        (protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(WRITABLE) + b"b\0.env\0", "EACCES"),
+        (protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(WRITABLE) + b"build\0open\0", "ENOENT"),
+        # What is hidden by its path would come to light by another.
+        (protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(WRITABLE) + b"conf\0open\0", "EXDEV"),
+        (protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(WRITABLE) + b".dhgignore\0x\0", "EACCES"),
+        (protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(WRITABLE) + b"b\0.dhgignore\0", "EACCES"),
+        (protocol.UNLINK, WRITABLE, b".dhgignore\0", "EACCES"),
+        (protocol.LINK, WRITABLE, protocol.LINK_IN.pack(guest.lookup(WRITABLE, ".dhgignore")) + b"x\0", "EACCES"),
+        (protocol.OPEN, guest.lookup(WRITABLE, ".dhgignore"), protocol.OPEN_IN.pack(os.O_RDWR), "EACCES"),
+        (protocol.LINK, WRITABLE, protocol.LINK_IN.pack(b) + b"b.key\0", "EACCES"),
+    ):
+        assert guest.bad(opcode, node, body) == wanted, (opcode, body)
+    guest.good(protocol.RENAME, WRITABLE, protocol.RENAME_IN.pack(WRITABLE) + b"b\0bb\0")
+    assert (folder / "bb").read_text() == "b"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hidden", "shown"),
+    [
+        ("*.log", ["a.log", "x/y/a.log", ".log"], ["a.log2", "alog"]),
+        ("/*.log", ["a.log"], ["x/a.log"]),
+        ("a/b", ["a/b"], ["x/a/b", "ab", "b"]),
+        ("**/b", ["b", "a/b", "a/c/b"], ["ab"]),
+        ("a/**", ["a/b", "a/b/c"], ["a", "b/a"]),
+        ("a/**/b", ["a/b", "a/x/b", "a/x/y/b"], ["ab", "a/xb"]),
+        ("f?o", ["foo", "d/fxo"], ["fo", "f/o"]),
+        ("[a-c]x", ["ax", "cx"], ["dx", "[a-c]x"]),
+        ("[!a-c]x", ["dx"], ["ax"]),
+        ("[]x]y", ["]y", "xy"], ["zy"]),
+        (r"\#x", ["#x"], ["\\#x"]),
+        ("#x", [], ["#x"]),
+        ("x  ", ["x"], ["x  "]),
+        ("x\\ ", ["x "], ["x"]),
+        ("*\n!keep", ["a"], ["keep"]),
+        ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", ["caf\N{LATIN SMALL LETTER E WITH ACUTE}"], ["cafe"]),
+        ("[", ["["], ["x"]),
+        ("", [], ["x"]),
+        ("/", [], ["x"]),
+    ],
+)
+def test_patterns(pattern: str, hidden: list[str], shown: list[str]) -> None:
+    patterns = Patterns(pattern.encode())
+    assert [path for path in hidden if not patterns.hide(path.encode(), directory=False)] == []
+    assert [path for path in shown if patterns.hide(path.encode(), directory=False)] == []
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60))
+def test_any_pattern_compiles_or_is_refused(pattern: bytes, path: bytes) -> None:
+    try:
+        Patterns(pattern).hide(path, directory=True)
+    except ValueError:
+        pass
+
+
+def test_tables_are_bounded(start: Start, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "MAX_NODES", 50)
+    monkeypatch.setattr(nodes, "MAX_DIRECTORIES", 5)
+    for i in range(100):
+        (folders[0] / f"f{i}").touch()
+    guest = start()
+    known = [guest.ask(protocol.LOOKUP, READ_ONLY, b"f%d\0" % i) for i in range(100)]
+    assert [error for error, _ in known].count(errno.ENFILE) == 100 - 48
+    # What is looked at while listing is listed even if it cannot be remembered.
+    assert len(guest.names(READ_ONLY, plus=True)) == 100
+    node = int.from_bytes(known[0][1][:8], "little")
+    errors = [guest.ask(protocol.OPEN, node, protocol.OPEN_IN.pack(0))[0] for _ in range(100)]
+    assert errors.count(0) == 64 and set(errors[64:]) == {errno.ENFILE}
+    for handle in range(1, 200):
+        guest.send(protocol.RELEASE, node, protocol.RELEASE_IN.pack(handle))
+    errors = [guest.ask(protocol.OPENDIR, READ_ONLY, protocol.OPEN_IN.pack(0))[0] for _ in range(10)]
+    assert errors.count(0) == 5
+    for _, reply in known[:48]:
+        guest.send(protocol.FORGET, int.from_bytes(reply[:8], "little"), protocol.FORGET_IN.pack(9))
+    assert guest.lookup(READ_ONLY, "f99")
+    assert len(guest.server.tables.nodes) == 3
+
+
+def test_nodes_in_a_circle_end(start: Start, folders: list[Path]) -> None:
+    (folders[1] / "a" / "b").mkdir(parents=True)
+    guest = start()
+    a = guest.lookup(WRITABLE, "a")
+    b = guest.lookup(a, "b")
+    # Moved on the host: b to the top, a into b; the guest learns of the second only.
+    os.rename(folders[1] / "a" / "b", folders[1] / "b")
+    os.rename(folders[1] / "a", folders[1] / "b" / "a")
+    top = guest.lookup(WRITABLE, "b")
+    assert top == b
+    assert guest.lookup(b, "a") == a
+    (folders[1] / "b" / "a" / "f").touch()
+    assert guest.lookup(a, "f")
+    os.rename(folders[1] / "b" / "a", folders[1] / "a")
+    os.rename(folders[1] / "b", folders[1] / "a" / "b")
+    assert guest.bad(protocol.LOOKUP, a, b"b\0") in ("ESTALE", "0", "ENOENT")
+    assert guest.lookup(WRITABLE, "a") == a
+
+
+OPCODES = st.one_of(st.sampled_from(range(1, 52)), st.integers(0, 2**32 - 1))
+NODES = st.one_of(st.integers(0, 4), st.integers(nodes.FIRST_ID, nodes.FIRST_ID + 6), st.integers(0, 2**64 - 1))
+NAMES = st.sampled_from([b"a", b"b", b"d", b"f", b"..", b"", b"d/f", b"l", b"new", b"x" * 300])
+WORDS = st.one_of(st.integers(0, 8), st.integers(0, 2**64 - 1), st.sampled_from([2**63, 2**32 - 1, os.O_RDWR]))
+BODIES = st.one_of(
+    st.binary(max_size=120),
+    st.tuples(st.lists(WORDS, max_size=11), st.lists(NAMES, max_size=2), st.binary(max_size=8)).map(
+        lambda parts: (
+            b"".join(word.to_bytes(8, "little") for word in parts[0])
+            + b"".join(name + b"\0" for name in parts[1])
+            + parts[2]
+        )
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(OPCODES, NODES, BODIES), max_size=40))
+def test_any_request_gets_one_reply_and_nothing_outside_changes(
+    tmp_path: Path, requests: list[tuple[int, int, bytes]]
+) -> None:
+    """Well-formed messages with hostile contents: every one is answered, with an error where it makes no sense."""
+    for name in ("ro", "rw"):
+        os.makedirs(tmp_path / name / "d", exist_ok=True)
+        (tmp_path / name / "a").write_text("a")
+        (tmp_path / name / "d" / "f").write_text("f")
+        if not os.path.lexists(tmp_path / name / "l"):
+            os.symlink(tmp_path, tmp_path / name / "l")
+    (tmp_path / "outside").write_text("outside")
+    before = len(os.listdir("/proc/self/fd"))
+    guest = Guest([(tmp_path / "ro", False), (tmp_path / "rw", True)])
+    try:
+        for share in (READ_ONLY, WRITABLE):
+            for known in (b"a", b"d", b"l"):
+                guest.ask(protocol.LOOKUP, share, known + b"\0")
+        for opcode, node, body in requests:
+            if opcode in protocol.ONE_WAY:
+                guest.send(opcode, node, body)
+            else:
+                guest.ask(opcode, node, body)
+        guest.good(protocol.GETATTR, 1, protocol.GETATTR_IN.pack(0, 0))
+    finally:
+        guest.close()
+    assert guest.broken is None
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert sorted(os.listdir(tmp_path)) == ["outside", "ro", "rw"]
+    assert (tmp_path / "outside").read_text() == "outside"
+    assert (tmp_path / "ro" / "a").read_text() == "a"
+    assert sorted(os.listdir(tmp_path / "ro")) == ["a", "d", "l"]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=400))
+def test_any_bytes_end_in_replies_or_a_closed_channel(tmp_path: Path, data: bytes) -> None:
+    guest = Guest([(tmp_path, False)])
+    guest.socket.sendall(data)
+    guest.socket.shutdown(socket.SHUT_WR)
+    while guest.socket.recv(65536):
+        pass
+    guest.close()
+    assert guest.broken is None or isinstance(guest.broken, Broken)
+
+
+@pytest.mark.parametrize("length", [0, 1, 39, protocol.MAX_MESSAGE + 1, 2**32 - 1])
+def test_a_length_that_cannot_be_ends_the_connection(start: Start, length: int) -> None:
+    guest = start()
+    guest.socket.sendall(Struct("<I36x").pack(length))
+    assert guest.socket.recv(1) == b""
+    assert isinstance(guest.broken, Broken)

@@ -1,0 +1,663 @@
+"""The host's files in a real VM: real scripts, real files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tests.conftest import DHG, Completed, Dhg
+
+from dhg import machine, proc
+from dhg.share import start
+from dhg.wire import client, frames
+
+HINT = b"hint: the script tried to write to files of this host"
+
+
+def ok(done: Completed) -> str:
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()
+    return done.stdout.decode()
+
+
+READING = """
+import glob, mmap, os, pathlib, subprocess, sys
+import helpers, package.inner
+print(os.getcwd(), sys.path[0], __file__, sys.argv)
+print(helpers.X, helpers.__file__, package.inner.Y)
+print(sorted(os.listdir()))
+print(os.path.exists('prices.csv'), os.path.exists('nothing'), os.path.isdir('data'), os.stat('prices.csv').st_size)
+print(sorted(glob.glob('**/*.txt', recursive=True)))
+print([(top, sorted(names)) for top, _, names in os.walk('data')])
+print(pathlib.Path(__file__).parent.joinpath('größe ☃ 🎈.txt').read_text())
+with open('prices.csv', 'rb') as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+    print(view[:3], view.find(b'3,4'))
+print(subprocess.run(['cat', 'data/a.txt'], capture_output=True).stdout, subprocess.getoutput('ls data'))
+print(open('link.txt').read(), os.readlink('link.txt'), open('folder/a.txt').read(), os.path.islink('folder'))
+for name in ('absolute', 'outside', '../secret', 'loop', '/workspace/../secret'):
+    try:
+        print(name, open(name).read())
+    except OSError as error:
+        print(name, error.strerror)
+with open('huge', 'rb') as file:
+    file.seek(19 << 30)
+    print(file.read(4), os.path.getsize('huge') >> 30)
+    for line in open('/proc/meminfo'):
+        if line.startswith('Cached:'):
+            assert int(line.split()[1]) < 1_000_000
+import pandas
+print(pandas.read_csv('prices.csv').b.tolist(), pandas.read_parquet('t.parquet').x.sum())
+from deephaven import parquet, read_csv
+from deephaven.pandas import to_pandas
+print(to_pandas(read_csv('prices.csv')).b.tolist(), to_pandas(read_csv('/workspace/prices.csv')).a.tolist())
+print(parquet.read('t.parquet').size)
+import jpy
+print(jpy.get_type('java.nio.file.Files').readString(jpy.get_type('java.nio.file.Path').of('data/a.txt', [])))
+print(jpy.get_type('java.io.File')('prices.csv').getAbsolutePath())
+print(os.access('prices.csv', os.R_OK), os.access('prices.csv', os.W_OK), os.access('.', os.X_OK))
+"""
+
+READ = """\
+/workspace /workspace /workspace/report.py ['report.py', '1']
+42 /workspace/helpers.py 43
+['absolute', 'data', 'folder', 'größe ☃ 🎈.txt', 'helpers.py', 'huge', 'link.txt', 'loop', 'outside', 'package', \
+'prices.csv', 'report.py', 't.parquet']
+True False True 12
+['data/a.txt', 'data/sub/b.txt', 'folder/a.txt', 'folder/sub/b.txt', 'größe ☃ 🎈.txt', 'link.txt']
+[('data', ['a.txt']), ('data/sub', ['b.txt'])]
+hello ☃
+b'a,b' 8
+b'in a' a.txt
+sub
+in a data/a.txt in a True
+absolute No such file or directory
+outside No such file or directory
+../secret No such file or directory
+loop Too many levels of symbolic links
+/workspace/../secret No such file or directory
+b'tail' 19
+[2, 4] 499500
+[2, 4] [1, 3]
+1000
+in a
+/workspace/prices.csv
+True False True
+"""
+
+
+def test_a_script_finds_its_files_as_if_there_were_no_vm(dhg: Dhg, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    work = tmp_path / "work"
+    for folder in ("data/sub", "package"):
+        (work / folder).mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    for name, text in {
+        "report.py": READING,
+        "helpers.py": "X = 42",
+        "package/inner.py": "Y = 43",
+        "prices.csv": "a,b\n1,2\n3,4\n",
+        "data/a.txt": "in a",
+        "data/sub/b.txt": "in b",
+        "größe ☃ 🎈.txt": "hello ☃",
+    }.items():
+        (work / name).write_text(text)
+    for name, target in {
+        "link.txt": "data/a.txt",
+        "folder": "data",
+        "absolute": str(tmp_path / "secret"),
+        "outside": "../secret",
+        "loop": "loop",
+    }.items():
+        os.symlink(target, work / name)
+    with (work / "huge").open("wb") as file:
+        file.truncate(20 << 30)
+        os.pwrite(file.fileno(), b"tail", 19 << 30)
+    pyarrow.parquet.write_table(pyarrow.table({"x": range(1000)}), work / "t.parquet")
+    done = dhg("exec", "--vm", "--no-show-tables", "report.py", "1", cwd=work)
+    assert ok(done) == READ
+    assert done.stderr == b""
+    assert not (work / "__pycache__").exists()
+
+
+def test_where_a_script_lies_and_what_it_is_told(dhg: Dhg, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    (work / "sub").mkdir(parents=True)
+    (work / "sub" / "beside.py").write_text("")
+    show = "import os, sys; print(os.getcwd(), [sys.path[0]], globals().get('__file__'), sys.argv)"
+    (work / "sub" / "s.py").write_text(f"import beside\n{show}\n")
+    os.symlink("sub/s.py", work / "link.py")
+    other = tmp_path / "other.py"
+    other.write_text(show)
+    paths = {
+        "sub/s.py": f"/workspace ['/workspace/sub'] /workspace/sub/s.py {['sub/s.py']}",
+        str(work / "sub" / "s.py"): f"/workspace ['/workspace/sub'] /workspace/sub/s.py {[str(work / 'sub' / 's.py')]}",
+        "link.py": f"/workspace ['/workspace/sub'] /workspace/link.py {['link.py']}",
+        "../other.py": f"/workspace ['/workspace'] ../other.py {['../other.py']}",
+    }
+    for path, wanted in paths.items():
+        assert ok(dhg("exec", "--vm", path, cwd=work)) == wanted + "\n"
+    assert ok(dhg("exec", "--vm", "-c", show, cwd=work)) == "/workspace [''] None ['-c']\n"
+    assert ok(dhg("exec", "--vm", "-", cwd=work, stdin=show.encode())) == "/workspace [''] None ['-']\n"
+    code = "import beside; print(beside.__file__)"
+    assert ok(dhg("exec", "--vm", "-c", code, cwd=work / "sub")) == "/workspace/beside.py\n"
+
+
+READ_ONLY = """
+import errno, os, shutil, subprocess
+tries = {
+    'open w': lambda: open('a', 'w'), 'open a': lambda: open('a', 'a'), 'open r+': lambda: open('a', 'r+'),
+    'new': lambda: open('n', 'x'),
+    'mkdir': lambda: os.mkdir('n'), 'unlink': lambda: os.unlink('a'), 'rmdir': lambda: os.rmdir('d'),
+    'rename': lambda: os.rename('a', 'n'),
+    'link': lambda: os.link('a', 'n'), 'symlink': lambda: os.symlink('a', 'n'), 'truncate': lambda: os.truncate('a', 0),
+    'chmod': lambda: os.chmod('a', 0o600), 'utime': lambda: os.utime('a'), 'chown': lambda: os.chown('a', 0, 0),
+    'copy': lambda: shutil.copy('a', 'n'), 'mkfifo': lambda: os.mkfifo('n'),
+}
+for name, attempt in tries.items():
+    try:
+        attempt()
+        print(name, 'works')
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            print(name, error)
+print(subprocess.run('echo x > n', shell=True, capture_output=True).stderr)
+from deephaven import empty_table, write_csv
+try:
+    write_csv(empty_table(1), 'n.csv')
+except Exception as error:
+    print('Read-only file system' in str(error))
+shutil.copy('a', '/tmp/a')
+print(open('/tmp/a').read())
+"""
+
+
+def test_read_only_by_default_and_a_hint(dhg: Dhg, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "s.py").write_text(READ_ONLY)
+    before = {path: path.lstat() for path in [tmp_path, *tmp_path.iterdir()]}
+    done = dhg("exec", "--vm", "--no-show-tables", "s.py", cwd=tmp_path)
+    assert ok(done) == "b'/bin/sh: 1: cannot create n: Read-only file system\\n'\nTrue\na\n"
+    assert done.stderr.startswith(HINT), done.stderr
+    assert done.stderr.count(b"\n") == 1
+    for path, was in before.items():
+        now = path.lstat()
+        assert (now.st_mtime_ns, now.st_ctime_ns, now.st_mode) == (was.st_mtime_ns, was.st_ctime_ns, was.st_mode), path
+    quiet = dhg("exec", "--vm", "--quiet", "-c", "open('a', 'w')", cwd=tmp_path)
+    assert (quiet.returncode, quiet.stderr.endswith(b"OSError: [Errno 30] Read-only file system: 'a'\n")) == (1, True)
+    as_json = dhg("exec", "--vm", "--json", "-c", "open('a', 'w')", cwd=tmp_path)
+    assert b'"hint": "the script tried to write' in as_json.stdout
+
+
+# Each check is one that pjdfstest makes of a file system, for what is promised here.
+POSIX = r"""
+import errno, fcntl, mmap, os, stat, time
+
+def fails(number, call, *args, **options):
+    try:
+        call(*args, **options)
+    except OSError as error:
+        assert error.errno == number, f'{call.__name__}{args}: {error}'
+    else:
+        raise AssertionError(f'{call.__name__}{args} works')
+
+def mode(path): return stat.S_IMODE(os.lstat(path).st_mode)
+
+# open, creat
+os.umask(0o022)
+fd = os.open('f', os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+assert mode('f') == 0o644 and os.fstat(fd).st_uid == os.getuid() == 0
+fails(errno.EEXIST, os.open, 'f', os.O_CREAT | os.O_EXCL)
+fails(errno.ENOENT, os.open, 'none', os.O_RDONLY)
+fails(errno.ENOENT, os.open, 'none/f', os.O_CREAT)
+fails(errno.ENOTDIR, os.open, 'f/x', os.O_RDONLY)
+fails(errno.ENAMETOOLONG, os.open, 'x' * 256, os.O_CREAT)
+os.close(os.open('x' * 255, os.O_CREAT | os.O_WRONLY)); os.unlink('x' * 255)
+fails(errno.EISDIR, os.open, '.', os.O_WRONLY)
+fails(errno.ENOTDIR, os.open, 'f', os.O_DIRECTORY)
+# write, read, seek, holes, truncate
+assert os.write(fd, b'0123456789') == 10 and os.lseek(fd, 0, os.SEEK_SET) == 0 and os.read(fd, 4) == b'0123'
+os.pwrite(fd, b'end', 10_000)
+assert os.fstat(fd).st_size == 10_003 and os.pread(fd, 3, 5_000) == b'\0\0\0'
+os.ftruncate(fd, 5); assert os.pread(fd, 100, 0) == b'01234'
+os.truncate('f', 8); assert os.pread(fd, 100, 0) == b'01234\0\0\0'
+fails(errno.ENOENT, os.truncate, 'none', 0)
+fails(errno.EISDIR, os.truncate, '.', 0)
+fails(errno.EINVAL, os.ftruncate, fd, -1)
+with open('f', 'w') as file:
+    file.write('new')
+assert os.pread(fd, 100, 0) == b'new' and os.stat('f').st_size == 3
+# append, also by two at once
+a, b = (os.open('f', os.O_WRONLY | os.O_APPEND) for _ in range(2))
+for i in range(10):
+    os.write(a, b'a'); os.write(b, b'b')
+os.pwrite(a, b'!', 0)
+assert open('f').read() == 'new' + 'ab' * 10 + '!', open('f').read()
+os.fsync(a); os.fdatasync(b); os.close(a); os.close(b)
+# a large file, bytes as they were written, by many small writes and one large
+big = os.urandom(3_000_000)
+with open('big', 'wb') as file:
+    file.write(big[:1_000_000])
+    for at in range(1_000_000, 1_100_000, 1000):
+        file.write(big[at:at + 1000])
+    file.write(big[1_100_000:])
+assert open('big', 'rb').read() == big
+# mmap, shared and written
+with open('big', 'r+b') as file, mmap.mmap(file.fileno(), 0) as view:
+    view[5000:5005] = b'MMAP!'
+    view.flush()
+assert open('big', 'rb').read() == big[:5000] + b'MMAP!' + big[5005:]
+# times
+os.utime('f', ns=(1_000_000_001, 2_000_000_002))
+found = os.stat('f'); assert (found.st_atime_ns, found.st_mtime_ns) == (1_000_000_001, 2_000_000_002)
+os.utime('f'); assert abs(os.stat('f').st_mtime - time.time()) < 5
+os.write(fd, b'x'); assert abs(os.stat('f').st_mtime - time.time()) < 5
+# chmod, chown
+for bits in (0o000, 0o400, 0o1777, 0o644):
+    os.chmod('f', bits); assert mode('f') == bits
+os.chmod('f', 0o4755); assert mode('f') == 0o755
+os.chown('f', 0, 0); fails(errno.EPERM, os.chown, 'f', 1234, 0)
+fails(errno.ENOENT, os.chmod, 'none', 0o644)
+# directories
+os.mkdir('d', 0o777); assert mode('d') == 0o755 and os.stat('d').st_nlink == 2
+fails(errno.EEXIST, os.mkdir, 'd'); fails(errno.ENOENT, os.mkdir, 'none/d'); fails(errno.ENOTDIR, os.mkdir, 'f/d')
+os.makedirs('d/e/f'); fails(errno.ENOTEMPTY, os.rmdir, 'd')
+fails(errno.ENOTDIR, os.rmdir, 'f'); fails(errno.ENOENT, os.rmdir, 'none')
+open('d/e/g', 'w').close(); assert sorted(os.listdir('d/e')) == ['f', 'g']
+fails(errno.EISDIR, os.unlink, 'd'); fails(errno.ENOENT, os.unlink, 'none')
+dirfd = os.open('d', os.O_RDONLY); os.fsync(dirfd); os.close(dirfd)
+# rename
+open('r1', 'w').write('one'); open('r2', 'w').write('two'); inode = os.stat('r1').st_ino
+keep = open('r2')
+os.rename('r1', 'r2')
+assert open('r2').read() == 'one' and not os.path.exists('r1') and os.stat('r2').st_ino == inode and keep.read() == 'two'
+os.rename('d', 'dd'); assert sorted(os.listdir('dd/e')) == ['f', 'g'] and not os.path.exists('d')
+fails(errno.EINVAL, os.rename, 'dd', 'dd/e/x')
+fails(errno.ENOTDIR, os.rename, 'dd', 'r2'); fails(errno.EISDIR, os.rename, 'r2', 'dd')
+fails(errno.ENOENT, os.rename, 'none', 'x'); os.rename('r2', 'r2')
+os.mkdir('empty'); os.rename('empty', 'dd/e/f'); assert os.listdir('dd/e/f') == []
+os.rename('dd/e/g', 'top'); assert os.listdir('dd/e') == ['f']
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+open('x1', 'w').write('1'); open('x2', 'w').write('2')
+assert libc.renameat2(-100, b'x1', -100, b'x2', 1) == -1 and ctypes.get_errno() == errno.EEXIST
+assert libc.renameat2(-100, b'x1', -100, b'x2', 2) == 0 and (open('x1').read(), open('x2').read()) == ('2', '1')
+# links
+os.link('x1', 'x3'); assert os.stat('x1').st_nlink == 2 and os.path.samefile('x1', 'x3')
+open('x3', 'a').write('more'); assert open('x1').read() == '2more'
+os.unlink('x1'); assert os.stat('x3').st_nlink == 1 and open('x3').read() == '2more'
+fails(errno.EEXIST, os.link, 'x3', 'x2'); fails(errno.EPERM, os.link, 'dd', 'x4'); fails(errno.ENOENT, os.link, 'none', 'x4')
+os.symlink('x3', 's'); assert os.readlink('s') == 'x3' and open('s').read() == '2more' and os.lstat('s').st_size == 2
+os.symlink('/nowhere/' + 'y' * 1000, 's2'); assert len(os.readlink('s2')) == 1009; fails(errno.EEXIST, os.symlink, 'a', 's')
+os.utime('s', ns=(5, 6), follow_symlinks=False); assert os.lstat('s').st_mtime_ns == 6
+# open and without a name
+gone = open('gone', 'w+'); gone.write('still'); gone.flush(); os.unlink('gone')
+assert not os.path.exists('gone') and os.fstat(gone.fileno()).st_nlink == 0
+gone.seek(0); assert gone.read() == 'still'; gone.write(' here'); gone.truncate(7); gone.seek(0); assert gone.read() == 'still h'
+# locks are the guest's own
+with open('f') as one: fcntl.flock(one, fcntl.LOCK_EX); fcntl.lockf(open('f', 'r+'), fcntl.LOCK_EX)
+for kind in (stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK): fails(errno.EPERM, os.mknod, 'node', kind | 0o666, 0x103)
+# a thousand names
+os.mkdir('many')
+for i in range(300): open(f'many/{i}', 'w').write(str(i))
+assert sorted(map(int, os.listdir('many'))) == list(range(300)) and open('many/299').read() == '299'
+for entry in os.scandir('many'): os.unlink(entry.path)
+os.rmdir('many')
+# by way of programs and of the JVM
+import subprocess, shutil
+commands = "mkdir p && cd p && echo one > a && cp a b && mv b c && cat a >> c && sed -i s/one/two/ c && ln -s c l && rm a"
+subprocess.run(commands, shell=True, check=True)
+assert open('p/l').read() == 'two\ntwo\n' and sorted(os.listdir('p')) == ['c', 'l']
+shutil.copytree('p', 'q', symlinks=True); shutil.rmtree('p')
+from deephaven import empty_table, parquet, read_csv, write_csv
+t = empty_table(1000).update(['x = i', 's = `v` + i'])
+parquet.write(t, 't.parquet'); write_csv(t, 't.csv')
+assert parquet.read('t.parquet').size == read_csv('t.csv').size == 1000
+print(os.statvfs('.').f_blocks > 0, 'all good')
+"""
+
+
+def test_read_write_as_a_local_file_system(dhg: Dhg, tmp_path: Path) -> None:
+    done = dhg("exec", "--vm", "--rw", "--no-show-tables", "-c", POSIX, cwd=tmp_path)
+    assert ok(done) == "True all good\n"
+    assert done.stderr == b""
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        ["big", "dd", "f", "q", "s", "s2", "t.csv", "t.parquet", "top", "x2", "x3"]
+    )
+    assert (tmp_path / "x3").read_text() == "2more"
+    assert (tmp_path / "f").stat().st_uid == os.geteuid()
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o755
+    assert (tmp_path / "big").read_bytes()[5000:5005] == b"MMAP!"
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 1001
+
+
+def test_files_that_change_between_and_during_runs(dhg: Dhg, tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    for text in ("one", "two, longer", ""):
+        file.write_text(text)
+        assert ok(dhg("exec", "--vm", "-c", "print(repr(open('f').read()))", cwd=tmp_path)) == f"{text!r}\n"
+    code = """
+import os, sys, time
+print(open('f').read(), os.path.exists('new'), flush=True)
+sys.stdin.readline()
+until = time.monotonic() + 20
+while open('f').read() != 'after' and time.monotonic() < until:
+    time.sleep(0.1)
+while not os.path.exists('new') and time.monotonic() < until:
+    time.sleep(0.1)
+print(open('f').read(), open('new').read(), sorted(os.listdir()))
+"""
+    file.write_text("before")
+    read, write = os.pipe()
+    out: list[bytes] = []
+
+    def printed(data: bytes) -> None:
+        out.append(data)
+        if b"False" in data:
+            replacement = tmp_path / "g"
+            replacement.write_text("after")
+            os.rename(replacement, file)
+            (tmp_path / "new").write_text("new")
+            os.write(write, b"\n")
+
+    with machine.restore() as vm:
+        request = client.Request(code.encode(), stdin=True)
+        vm.run(
+            request,
+            stdout=printed,
+            stderr=out.append,
+            deadline=proc.Deadline(90),
+            stdin=read,
+            shares=((str(tmp_path), "r"),),
+        )
+    os.close(read)
+    os.close(write)
+    assert b"".join(out).decode() == "before False\nafter new ['f', 'new']\n"
+
+
+def test_mounts_and_no_workspace(dhg: Dhg, tmp_path: Path) -> None:
+    for name in ("work", "a", "b", "c d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_text(f"in {name}")
+    work = tmp_path / "work"
+    code = f"""
+import os
+print(open('f').read(), open('{tmp_path}/a/f').read(), open('/mnt/b/f').read(), open('/x/y/f').read())
+open('/x/y/new', 'w').write('written')
+for path in ('f', '/mnt/b/f'):
+    try:
+        open(path, 'w')
+    except OSError as error:
+        print(error)
+"""
+    mounts = [f"--mount={tmp_path}/a", "--mount=../b:/mnt/b:ro", f"--mount={tmp_path}/c d:/x/y:rw"]
+    done = dhg("exec", "--vm", *mounts, "-c", code, cwd=work)
+    assert ok(done) == (
+        "in work in a in b in c d\n"
+        "[Errno 30] Read-only file system: 'f'\n[Errno 30] Read-only file system: '/mnt/b/f'\n"
+    )
+    assert (tmp_path / "c d" / "new").read_text() == "written"
+    code = """
+import os
+print(os.getcwd(), os.listdir(), open('/mnt/b/f').read())
+for place in ('/run/dhg/shares/0', '/run/dhg/shares/2', '/run/dhg/shares/0/f'):
+    try:
+        print(os.listdir(place))
+    except OSError as error:
+        print(place, error.errno in (2, 20, 116))
+open('mine', 'w').write('x')
+print(os.listdir())
+"""
+    done = dhg("exec", "--vm", "--no-workspace", "--mount=../b:/mnt/b", "-c", code, cwd=work)
+    places = "".join(f"/run/dhg/shares/{place} True\n" for place in ("0", "2", "0/f"))
+    assert ok(done) == f"/workspace [] in b\n{places}['mine']\n"
+    assert os.listdir(work) == ["f"]
+    script = tmp_path / "b" / "s.py"
+    script.write_text("import sys; print(__file__, sys.path[0])")
+    assert ok(dhg("exec", "--vm", "--mount=../b:/mnt/b", str(script), cwd=work)) == "/mnt/b/s.py /mnt/b\n"
+
+
+def test_dhgignore_hides(dhg: Dhg, tmp_path: Path) -> None:
+    (tmp_path / ".dhgignore").write_text(".env\n.git/\n")
+    (tmp_path / ".env").write_text("KEY=1")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "a").write_text("a")
+    code = "import os; print(sorted(os.listdir()), os.path.exists('.env'), os.path.exists('.git'), open('a').read())"
+    assert ok(dhg("exec", "--vm", "-c", code, cwd=tmp_path)) == "['.dhgignore', 'a'] False False a\n"
+    # One that cannot be read hides nothing: then nothing is shared.
+    (tmp_path / ".dhgignore").write_text("[z-a]\n")
+    done = dhg("exec", "--vm", "-c", code, cwd=tmp_path)
+    assert done.returncode == 1
+    assert b"error: this host's files were not to be had: cannot use .dhgignore: line 1 is no pattern" in done.stderr
+
+
+TABLES = "from deephaven import empty_table\nt = empty_table({rows}).update(['x = i', 's = `v` + i', 'd = i / 4.0'])\n"
+
+
+def test_outputs(dhg: Dhg, tmp_path: Path) -> None:
+    import pyarrow.csv
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "old.csv").write_text("old")
+    (tmp_path / "old.csv").chmod(0o600)
+    os.symlink("sub/real.parquet", tmp_path / "link.parquet")
+    names = ["t=link.parquet", "t=old.csv", "t=sub/t.arrow"]
+    outputs = [word for name in names for word in ("--output", name)]
+    rows = 300_000
+    done = dhg("exec", "--vm", "--no-show-tables", *outputs, "-c", TABLES.format(rows=rows), cwd=tmp_path)
+    assert ok(done) == ""
+    assert done.stderr == b""
+    found = [
+        pyarrow.parquet.read_table(tmp_path / "sub" / "real.parquet"),
+        pyarrow.csv.read_csv(tmp_path / "old.csv"),
+        pyarrow.ipc.open_file(tmp_path / "sub" / "t.arrow").read_all(),
+    ]
+    for table in found:
+        assert table.num_rows == rows
+        assert table.column("x").to_pylist()[::1000] == list(range(0, rows, 1000))
+        assert table.column("s").to_pylist()[-1] == f"v{rows - 1}"
+    assert stat.S_IMODE((tmp_path / "old.csv").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "sub" / "t.arrow").stat().st_mode) == 0o644
+    assert sorted(os.listdir(tmp_path)) == ["link.parquet", "old.csv", "sub"]
+    assert sorted(os.listdir(tmp_path / "sub")) == ["real.parquet", "t.arrow"]
+
+
+@pytest.mark.parametrize("mode", [["--vm"], []], ids=["vm", "embedded"])
+def test_outputs_whole_or_not_at_all(dhg: Dhg, tmp_path: Path, mode: list[str]) -> None:
+    (tmp_path / "t.csv").write_text("old")
+    code = TABLES.format(rows=3)
+
+    def run(*args: str) -> Completed:
+        done = dhg("exec", *mode, "--no-show-tables", *args, cwd=tmp_path)
+        assert sorted(os.listdir(tmp_path)) == ["t.csv"]
+        return done
+
+    done = run("--output", "t=t.csv", "--output", "u=u.parquet", "-c", code)
+    assert (done.returncode, (tmp_path / "t.csv").read_text()) == (2, "old")
+    assert b"error: --output u: the script has left nothing of that name\nhint: no output was written" in done.stderr
+    done = run("--output", "t=t.csv", "-c", code + "raise SystemExit(3)")
+    assert (done.returncode, (tmp_path / "t.csv").read_text()) == (3, "old")
+    assert b"hint: the script failed, so no output was written" in done.stderr
+    done = run("--output", "code=t.csv", "-c", "code = 1")
+    assert b"error: --output code: is no table but of type int" in done.stderr
+    done = run("--output", "t=t.csv", "-c", code)
+    assert (ok(done), (tmp_path / "t.csv").read_text()) == ("", "x,s,d\n0,v0,0.0\n1,v1,0.25\n2,v2,0.5\n")
+
+
+def test_outputs_of_a_client_that_is_killed_leave_nothing(tmp_path: Path) -> None:
+    code = TABLES.format(rows=3) + "print('ready', flush=True)\nimport time; time.sleep(60)"
+    argv = [DHG, "exec", "--vm", "--output", "t=t.csv", "-c", code]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        assert len(os.listdir(tmp_path)) == 1
+        child.kill()
+    until = time.monotonic() + 20
+    while os.listdir(tmp_path) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert os.listdir(tmp_path) == []
+
+
+def test_usage(dhg: Dhg, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.csv")
+    for args, said in (
+        (["--vm", "--output", "t=t.xlsx"], "ends in .parquet, .csv or .arrow"),
+        (["--vm", "--output", "t.csv"], "--output takes NAME=FILE"),
+        (["--vm", "--output", "t=a.csv", "--output", "u=./a.csv"], "names ./a.csv twice"),
+        (["--vm", "--output", "t=fifo.csv"], "no regular file"),
+        (["--vm", "--output", "t=none/t.csv"], "cannot write none/t.csv: No such file"),
+        (["--vm", "--mount", "none"], "there is no directory none"),
+        (["--vm", "--mount", "/usr"], "/usr is taken in the VM"),
+        (["--vm", "--mount", ".:/workspace"], "/workspace is taken in the VM"),
+        (["--vm", "--mount", ".:/mnt/../etc"], "/etc is taken in the VM"),
+        (["--vm", "--rw", "--no-workspace"], "which --no-workspace takes away"),
+        (["--rw"], "--rw needs --vm"),
+        (["--mount", "."], "--mount needs --vm"),
+    ):
+        done = dhg("exec", *args, "-c", "print('ran')", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, b""), args
+        assert said in done.stderr.decode(), args
+    assert os.listdir(tmp_path) == ["fifo.csv"]
+
+
+def test_eight_at_once_see_their_own(dhg: Dhg, tmp_path: Path) -> None:
+    def one(number: int) -> str:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "who.py").write_text(f"me = {number}")
+        (folder / "data").write_text(str(number) * 100_000)
+        code = "import who; print(who.me, set(open('data').read())); open('out', 'w').write(str(who.me))"
+        return ok(dhg("exec", "--vm", "--rw", "-c", code, cwd=folder))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, range(8))) == [f"{i} {{'{i}'}}\n" for i in range(8)]
+    assert [(tmp_path / str(i) / "out").read_text() for i in range(8)] == [str(i) for i in range(8)]
+
+
+def run_in(folder: Path, code: str, **options: object) -> tuple[machine.Machine, str]:
+    """The machine that was, and what the script printed."""
+    out: list[bytes] = []
+    with machine.restore() as vm:
+        request = client.Request(code.encode(), flags=frames.FLAG_TABLES, **options)  # type: ignore[arg-type]
+        shares = ((str(folder), "w"),)
+        vm.run(request, stdout=out.append, stderr=out.append, deadline=proc.Deadline(90), shares=shares)
+    return vm, b"".join(out).decode()
+
+
+def test_a_script_that_touches_no_file_starts_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    serve = machine.Machine._serve_files
+
+    def noted(self: machine.Machine, shares: start.Shares) -> int:
+        started.append(shares)
+        return serve(self, shares)
+
+    monkeypatch.setattr(machine.Machine, "_serve_files", noted)
+    for code in (
+        "print('hello')",
+        "from deephaven import empty_table; t = empty_table(5).update('x = i')",
+        "import sys, os, json, pandas; print(os.getcwd())",
+        "1 / 0",
+    ):
+        run_in(tmp_path, code)
+        assert started == [], code
+    assert run_in(tmp_path, "import os; print(os.listdir())")[1] == "[]\n"
+    assert len(started) == 1
+
+
+def test_a_server_that_is_gone_is_an_error_and_no_wait(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("f")
+    code = """
+import os
+print(open('f').read(), flush=True)
+import time
+time.sleep(1.5)
+try:
+    os.stat('g')
+except OSError as error:
+    print(error.strerror)
+"""
+    out: list[bytes] = []
+    with machine.restore() as vm:
+
+        def printed(data: bytes) -> None:
+            if not out:
+                assert vm._server is not None
+                os.kill(vm._server.process.pid, signal.SIGKILL)
+            out.append(data)
+
+        shares = ((str(tmp_path), "r"),)
+        vm.run(
+            client.Request(code.encode()),
+            stdout=printed,
+            stderr=out.append,
+            deadline=proc.Deadline(60),
+            shares=shares,
+        )
+    assert b"".join(out).decode() in (
+        "f\nTransport endpoint is not connected\n",
+        "f\nSoftware caused connection abort\n",
+    )
+    assert vm.files_error is not None
+
+
+def test_a_guest_that_talks_nonsense_hurts_nobody(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("f")
+    # The guest's root takes the relay's place and says what it likes.
+    code = """
+import os, signal, time
+print(open('f').read())
+for name in os.listdir('/proc'):
+    if name.isdigit() and b'relay.py' in open(f'/proc/{name}/cmdline', 'rb').read():
+        os.kill(int(name), signal.SIGKILL)
+time.sleep(0.5)
+port = os.open('/run/dhg/files', os.O_RDWR)
+for _ in range(20):
+    os.write(port, os.urandom(5000))
+print('done')
+"""
+    began = time.monotonic()
+    vm, out = run_in(tmp_path, code)
+    assert out == "f\ndone\n"
+    assert vm.files_error is not None and "the guest sent a message of" in vm.files_error
+    assert time.monotonic() - began < 60
+    assert (tmp_path / "f").read_text() == "f"
+
+
+def test_special_files_are_seen_and_not_opened(dhg: Dhg, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "socket"))
+        if os.geteuid() == 0:
+            os.mknod(tmp_path / "zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
+        code = """
+import os, socket, stat
+print(sorted(os.listdir()), stat.S_ISFIFO(os.stat('fifo').st_mode), stat.S_ISSOCK(os.stat('socket').st_mode))
+try:
+    socket.socket(socket.AF_UNIX).connect('socket')
+except OSError as error:
+    print(error.strerror)
+try:
+    print(open('zero', 'rb').read(4))
+except OSError as error:
+    print(error.errno in (2, 13))
+# A pipe is one between programs of the VM.
+fd = os.open('fifo', os.O_RDWR | os.O_NONBLOCK)
+os.write(fd, b'x')
+"""
+        done = dhg("exec", "--vm", "-c", code, cwd=tmp_path)
+        names = sorted(os.listdir(tmp_path))
+        assert ok(done) == f"{names} True True\nConnection refused\nTrue\n"
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    assert os.read(reader, 10) == b""
+    os.close(reader)
