@@ -65,6 +65,16 @@ def qemus_of(home: Path) -> list[int]:
     return found
 
 
+def share_stages(home: Path) -> None:
+    """Give a home the build stages of the real one, so that a prepare there makes a snapshot only."""
+    from dhg import config
+
+    (home / "cache").mkdir(mode=0o700, parents=True)
+    for stage in ("base", "image"):
+        os.makedirs(f"{config.cache_dir()}/{stage}", exist_ok=True)
+        os.symlink(f"{config.cache_dir()}/{stage}", home / "cache" / stage)
+
+
 def gone(pid: int, within_s: float) -> bool:
     """Whether a process ends within that time; one that only waits to be reaped (by whoever adopted it) has ended."""
     until = time.monotonic() + within_s

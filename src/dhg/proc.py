@@ -213,6 +213,13 @@ def limit(pid: int, *, address_space_bytes: int, files: bool = True) -> None:
         except (OSError, ValueError):
             # A lower hard limit of the caller's is stricter than ours.
             pass
+    try:
+        # Where the host runs out of memory, a VM goes first: it can be run again.
+        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, b"500")
+        os.close(fd)
+    except OSError:
+        pass
 
 
 def run(

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import Completed, Dhg, qemus_of, run_dhg
-
-from dhg import config
+from tests.conftest import Completed, Dhg, qemus_of, run_dhg, share_stages
 
 BARE = ("exec", "--vm", "--version", "bare")
 
@@ -19,10 +17,7 @@ BARE = ("exec", "--vm", "--version", "bare")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home with a bare snapshot."""
     home = tmp_path_factory.mktemp("bare")
-    (home / "cache").mkdir(mode=0o700)
-    for stage in ("base", "image"):
-        os.makedirs(f"{config.cache_dir()}/{stage}", exist_ok=True)
-        os.symlink(f"{config.cache_dir()}/{stage}", home / "cache" / stage)
+    share_stages(home)
     done = run_dhg("vm", "prepare", "--bare", env={"DHG_HOME": str(home)})
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.startswith(b"ready: a bare Python, ")

@@ -108,10 +108,19 @@ def prepare(
     with locked(f"{config.home()}/.prepare-lock", shared=True):
         try:
             return _prepare(version, memory_mib, vcpus, accel, engine, binary, force, progress, log)
+        except OSError as error:
+            place = f": {error.filename}" if error.filename else ""
+            raise HostError(f"{error.strerror}{place}", hint=_hint(log)) from error
         except DhgError as error:
-            if error.hint is None:
-                error.hint = f"the whole log is in {log}"
+            error.hint = error.hint or _hint(log)
             raise
+
+
+def _hint(log: str) -> str:
+    # A guest whose memory finds no room in its file dies without a word.
+    if shutil.disk_usage(config.home()).free < 16 << 20:
+        return f"{config.home()} is full: free some, or set DHG_HOME"
+    return f"the whole log is in {log}"
 
 
 def _prepare(
