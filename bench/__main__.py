@@ -1,7 +1,8 @@
 """The benchmark: whole processes, timed from outside. `./dev bench [--runs N] [--no-plain]`.
 
 Every row is a command that a user could type. Medians, with the spread, and the same job done by a plain Deephaven server
-(`python` with deephaven-server, a JVM on this host) in the same run. Prints a table and writes it to bench/results.md.
+(`python` with deephaven-server, a JVM on this host) in the same run. Prints a table and a
+breakdown by phase, and writes both to bench/results.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from bench import breakdown
 from dhg.snapshot import inventory, store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,6 +234,12 @@ def main() -> None:
     )
     text = f"# Benchmark\n\n`./dev bench`, {datetime.date.today()}. {machine}.\n\nWhole processes from outside.\n\n"
     text += "\n".join([HEAD, *(line(row) for row in rows + extra)]) + "\n"
+    argv = [DHG, "exec", "--vm", "--verbose", "-c", HELLO]
+    found = breakdown.phases(argv, runs=args.runs, timeout_s=DEADLINE_S)
+    print(breakdown.text(found))
+    text += f"\n## A hello by phase\n\nMedians of {args.runs} runs; as a picture in [hello.svg](hello.svg).\n\n"
+    text += f"```\n{breakdown.text(found)}\n```\n"
+    (ROOT / "bench" / "hello.svg").write_text(breakdown.svg(found))
     (ROOT / "bench" / "results.md").write_text(text)
 
 
