@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from . import config
 from .errors import HostError
 
 
@@ -37,6 +38,12 @@ def private_dir(path: str) -> str:
     """Make a directory that only its owner can enter, with those above it; `path`. Raises `HostError`."""
     try:
         _make_private(path)
+        # Below our home also what was there before, made by hand or by another release.
+        folder = path
+        while folder.startswith(config.home() + "/"):
+            if os.stat(folder).st_mode & 0o077:
+                os.chmod(folder, 0o700)
+            folder = os.path.dirname(folder)
     except OSError as error:
         raise HostError(f"cannot make {path}: {error.strerror}", hint="set DHG_HOME to a writable directory") from error
     return path

@@ -19,25 +19,33 @@ def test_verify_finds_nothing_off(dhg: Dhg) -> None:
     bad = [check for check in found["checks"] if not check["ok"]]
     assert (done.returncode, found["ok"], bad) == (0, True, [])
     names = {check["name"] for check in found["checks"]}
-    assert {"random.random", "Math.random", "SecureRandom", "boot_id", "time.time", "sha256 of ram"} <= names
+    assert {
+        "random.random",
+        "Math.random",
+        "SecureRandom",
+        "boot_id",
+        "time.time against the host",
+        "sha256 of ram",
+    } <= names
 
 
 def test_the_clock_is_right_under_load_too() -> None:
     # Eight at once on few cores: each request is long on its way, and must not be late by that.
     with ThreadPoolExecutor(8) as pool:
         clones = [run.result() for run in [pool.submit(_clock_offset_ms) for _ in range(8)]]
-    assert all(abs(offset) <= verify.CLOCK_TOLERANCE_MS for offset in clones), clones
+    # What a question and its answer took may all have been on one way.
+    assert all(abs(offset) <= verify.CLOCK_TOLERANCE_MS + took / 2 for took, offset in clones), clones
 
 
-def _clock_offset_ms() -> float:
-    """The best of several questions: on a busy host an answer may be late, which is not the clock's fault."""
+def _clock_offset_ms() -> tuple[float, float]:
+    """Round trip and offset of the quickest of several questions: on a busy host an answer may be late, which is not the clock's fault."""
     reader, writer = (sock for sock in __import__("socket").socketpair())
     offsets: list[tuple[float, float]] = []
     asked = [time.time_ns()]
 
     def answered(data: bytes) -> None:
         now = time.time_ns()
-        offsets.append((now - asked[0], (int(data) - (now + asked[0]) / 2) / 1e6))
+        offsets.append(((now - asked[0]) / 1e6, (int(data) - (now + asked[0]) / 2) / 1e6))
         if len(offsets) == 20:
             writer.close()
             return
@@ -50,7 +58,7 @@ def _clock_offset_ms() -> float:
         with machine.restore() as vm:
             request = client.Request(source, stdin=True)
             vm.run(request, stdout=answered, stderr=print, deadline=proc.Deadline(100), stdin=reader.fileno())
-    return min(offsets)[1]
+    return min(offsets)
 
 
 def test_the_monotonic_clock_goes_on_where_it_stood_and_no_timer_is_overdue(dhg: Dhg) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .qmp import CHANNELS, FD_CONSOLE, FD_QMP, TB_SIZE_MIB, Vm
+from .qmp import CHANNELS, FD_CONSOLE, FD_GO, FD_QMP, TB_SIZE_MIB, Vm
 
 #: The kernel command line. tsc_early_khz is appended: without a TSC of known frequency a TCG guest has a 4 ms clock.
 KERNEL_ARGS = (
@@ -95,8 +95,11 @@ def channel_args() -> list[str]:
     args = ["-chardev", f"socket,id=qmp,fd={FD_QMP}", "-mon", "chardev=qmp,mode=control"]
     args += ["-device", "virtio-serial-device,max_ports=8"]
     for number, (name, fd) in enumerate(CHANNELS, start=1):
-        args += ["-chardev", f"socket,id={name},fd={fd}", "-device", f"virtserialport,chardev={name},nr={number}"]
-    return args
+        if number < len(CHANNELS):
+            args += ["-chardev", f"socket,id={name},fd={fd}"]
+        args += ["-device", f"virtserialport,chardev={name},nr={number}"]
+    # The last one's socket comes when the VM is sure to die with its client; see qmp.Vm.
+    return [*args, "-readconfig", f"/dev/fd/{FD_GO}"]
 
 
 def console_args() -> list[str]:

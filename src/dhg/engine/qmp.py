@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Descriptor numbers in QEMU, the same in every run, so that the command line is, too.
-FD_QMP, FD_CONTROL, FD_STDOUT, FD_STDERR, FD_STDIN, FD_STATE, FD_CONSOLE, FD_LOCK, FD_LEASH, FD_FILES = range(200, 210)
+FD_QMP, FD_CONTROL, FD_STDOUT, FD_STDERR, FD_STDIN, FD_STATE, FD_CONSOLE, FD_LOCK, FD_LEASH, FD_FILES, FD_GO = range(
+    200, 211
+)
 CHANNELS = (
     ("control", FD_CONTROL),
     ("stdout", FD_STDOUT),
@@ -25,6 +27,10 @@ CHANNELS = (
     ("stdin", FD_STDIN),
     ("files", FD_FILES),
 )
+
+
+#: The channel that QEMU learns of last, as a file of `-readconfig`.
+GO = b'[chardev "%s"]\nbackend = "socket"\nfd = "%d"\n' % (CHANNELS[-1][0].encode(), CHANNELS[-1][1])
 
 
 class Qmp:
@@ -88,7 +94,9 @@ class Vm:
 
     QEMU dies with this process, however this one ends: it inherits the read end of a pipe whose write end only we hold, and
     the kernel is told to send it SIGKILL when something happens there (fcntl(2): F_SETOWN, F_SETSIG, O_ASYNC). That takes no
-    program in between, and unlike PR_SET_PDEATHSIG does not fire when a mere thread of ours ends.
+    program in between, and unlike PR_SET_PDEATHSIG does not fire when a mere thread of ours ends. Between the spawn and that there
+    is a moment: QEMU reads one of its channels from a pipe (`-readconfig`) that gets its contents after it. If this process
+    dies before, QEMU has a device whose channel it does not know, and ends.
     """
 
     __slots__ = ("_leash", "_log", "control", "files", "process", "qmp", "stderr", "stdin", "stdout")
@@ -105,16 +113,23 @@ class Vm:
             theirs[fd] = guest.fileno()
         leash, self._leash = os.pipe2(os.O_CLOEXEC)
         theirs[FD_LEASH] = leash
+        theirs[FD_GO], go = os.pipe2(os.O_CLOEXEC)
+        process = None
         try:
-            self.process = proc.spawn([*argv, *confinement()], fds=theirs, env=proc.minimal_env(ENVIRON))
-            proc.kill_with_us(self.process.pid, leash)
+            self.process = process = proc.spawn([*argv, *confinement()], fds=theirs, env=proc.minimal_env(ENVIRON))
+            proc.kill_with_us(process.pid, leash)
+            os.write(go, GO)
         except BaseException:
+            if process is not None:
+                process.kill()
+                process.close()
             os.close(self._leash)
             for sock in ours:
                 sock.close()
             raise
         finally:
-            os.close(leash)
+            for fd in (leash, go, theirs[FD_GO]):
+                os.close(fd)
             for sock in pairs:
                 sock.close()
         self.qmp = Qmp(ours[0])
