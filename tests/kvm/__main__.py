@@ -166,7 +166,10 @@ def l1_initramfs(base: str, plan: Plan) -> bytes:
 
 
 def l1_argv(plan: Plan, *, folder: Path, disks: list[Path], console: str) -> list[str]:
-    """QEMU's command line for L1, whose kernel and initramfs are in `folder`. One vCPU: with two it hangs now and then where the kernel patches its own code."""
+    """QEMU's command line for L1, whose kernel and initramfs are in `folder`.
+
+    One vCPU: with two it hangs now and then where the kernel patches its own code.
+    """
     khz = probe.tsc_khz()
     # Told, not measured: under emulation the kernel's calibration loops at times do not end.
     clock = f" tsc_early_khz={khz} lpj={khz * 4}" if khz else ""

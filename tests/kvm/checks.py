@@ -151,7 +151,7 @@ class Checks:
             self.five_runs,
             self.streams,
             self.clones_differ,
-            *([self.memory_modes, self.pager_dies] if self.name == "firecracker" else []),
+            *([self.memory_modes, self.without_override, self.pager_dies] if self.name == "firecracker" else []),
             self.interrupt,
             self.interpreter_dies,
             self.kill_9_leaves_nothing,
@@ -208,6 +208,15 @@ class Checks:
             dhg("exec", *self.in_vm, "-c", "print(sum(range(1000)))", env=env).must(0, "499500\n")
             found.append(f"{env}: {time.monotonic() - began:.1f} s")
         return "\n".join(found)
+
+    def without_override(self) -> None:
+        """As a Firecracker before 1.16 is restored, which cannot be told another path of the vsock device's socket."""
+        code = "import sys; from dhg.engine import firecracker; firecracker.VSOCK_OVERRIDE = (99, 0);"
+        code += "from dhg.cli import main; sys.exit(main(sys.argv[1:]))"
+        argv = ["python3", "-c", code, "exec", *self.in_vm, "-c", "print(6 * 7)"]
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_S, check=False)
+        Done(argv, done.returncode, done.stdout.decode(), done.stderr.decode()).must(0, "42\n")
+        none_left()
 
     def pager_dies(self) -> str:
         """A VM whose pager is gone does not hang: it is ended, and the client says so."""
