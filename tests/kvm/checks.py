@@ -248,6 +248,8 @@ class Checks:
         Only their clocks may be off by more than verify allows: two clones on one emulated CPU answer each other's way late.
         """
         done = dhg("vm", "verify", *self.engine, "--version", self.version, "--restores", "2", "--json")
+        if not done.out:
+            done.must(0)
         checks = json.loads(done.out)["checks"]
         clocks = [check for check in checks if check["name"].endswith("against the host")]
         wrong = [check for check in checks if not check["ok"] and check not in clocks]
