@@ -88,7 +88,8 @@ class Machine:
         """Wait until the VM runs, and run `request` in it; once only. `stdin` is a descriptor to pass on if the request says so.
 
         `shares` are directories of the host's and what the script may do there (share.start: READ_ONLY, WRITABLE, TEMPORARY): the
-        first is /workspace ("" for none; without any it is the VM's own and empty), the others those of the request's `mounts` and `outputs`.
+        first is /workspace ("" for none), the others those of the request's `mounts` and `outputs`. Without any, /workspace is the
+        VM's own and empty.
 
         Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
         """
