@@ -255,7 +255,10 @@ def watch(argv: list[str], plan: Plan) -> Verdict:
 def attempt(plan: Plan, base: str, disks: list[Path], log: Path) -> Verdict:
     """One boot of L1."""
     # Its command line names nothing in DHG_HOME, where other tests look for VMs that were left.
-    with tempfile.TemporaryDirectory(prefix=".run-", dir=CACHE) as name:
+    for old in CACHE.glob(".run-*"):
+        if not Path("/proc", old.name.split("-")[1]).exists():
+            remove_tree(str(old))
+    with tempfile.TemporaryDirectory(prefix=f".run-{os.getpid()}-", dir=CACHE) as name:
         folder = Path(name)
         (folder / "initramfs").write_bytes(l1_initramfs(base, plan))
         (folder / "kernel").symlink_to(image.kernel_image(base))
