@@ -9,7 +9,7 @@ from . import proc
 from .engine import qmp
 from .errors import DeadlineExceeded, MachineError
 from .snapshot import store
-from .wire import client
+from .wire import client, frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class Machine:
         """Wait until the VM runs, and run `request` in it; once only. `stdin` is a descriptor to pass on if the request says so.
 
         `shares` are directories of the host's and what the script may do there (share.start: READ_ONLY, WRITABLE, TEMPORARY): the
-        first is /workspace ("" for none), the others those of the request's `mounts` and `outputs`.
+        first is /workspace ("" for none), the others those of the request's `mounts` and `outputs`. Without any, /workspace is the
+        VM's own and empty.
 
         Raises `MachineError` if the VM cannot be restored (the script has not run), and what `client.Session.run` raises.
         """
@@ -96,6 +97,9 @@ class Machine:
         source = None if stdin is None or not request.stdin else (stdin, self.vm.stdin)
         clock = self._clock_of(session, deadline)
         files = self.vm.files
+        if files and not shares:
+            # Nobody answers there: a script that looks for a module in its working directory would end with ESTALE.
+            request.flags |= frames.FLAG_NO_WORKSPACE
         result = session.run(
             request,
             stdout=stdout,

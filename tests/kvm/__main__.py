@@ -165,15 +165,18 @@ def l1_initramfs(base: str, plan: Plan) -> bytes:
     return archive.whole()
 
 
-def l1_argv(plan: Plan, *, kernel_path: str, initramfs: str, disks: list[Path], console: str) -> list[str]:
-    """QEMU's command line for L1. One vCPU: with two it hangs now and then where the kernel patches its own code."""
+def l1_argv(plan: Plan, *, folder: Path, disks: list[Path], console: str) -> list[str]:
+    """QEMU's command line for L1, whose kernel and initramfs are in `folder`.
+
+    One vCPU: with two it hangs now and then where the kernel patches its own code.
+    """
     khz = probe.tsc_khz()
     # Told, not measured: under emulation the kernel's calibration loops at times do not end.
     clock = f" tsc_early_khz={khz} lpj={khz * 4}" if khz else ""
     argv = [probe.qemu_path(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-M", "microvm,rtc=on,acpi=on,isa-serial=on,auto-kernel-cmdline=off", "-accel", "tcg,tb-size=512"]
     argv += ["-cpu", "max,-erms,-fsrm,-la57", "-smp", "1", "-m", f"{plan.memory_mib}M"]
-    argv += ["-kernel", kernel_path, "-initrd", initramfs, "-append", KERNEL_ARGS + clock]
+    argv += ["-kernel", f"{folder}/kernel", "-initrd", f"{folder}/initramfs", "-append", KERNEL_ARGS + clock]
     for number, disk in enumerate(disks):
         argv += ["-blockdev", f"driver=file,node-name=d{number},filename={disk},read-only=on,locking=off"]
         argv += ["-device", f"virtio-blk-device,drive=d{number}"]
@@ -251,13 +254,15 @@ def watch(argv: list[str], plan: Plan) -> Verdict:
 
 def attempt(plan: Plan, base: str, disks: list[Path], log: Path) -> Verdict:
     """One boot of L1."""
-    with tempfile.NamedTemporaryFile(prefix="dhg-l1-") as initramfs:
-        initramfs.write(l1_initramfs(base, plan))
-        initramfs.flush()
-        argv = l1_argv(
-            plan, kernel_path=image.kernel_image(base), initramfs=initramfs.name, disks=disks, console=str(log)
-        )
-        return watch(argv, plan)
+    # Its command line names nothing in DHG_HOME, where other tests look for VMs that were left.
+    for old in CACHE.glob(".run-*"):
+        if not Path("/proc", old.name.split("-")[1]).exists():
+            remove_tree(str(old))
+    with tempfile.TemporaryDirectory(prefix=f".run-{os.getpid()}-", dir=CACHE) as name:
+        folder = Path(name)
+        (folder / "initramfs").write_bytes(l1_initramfs(base, plan))
+        (folder / "kernel").symlink_to(image.kernel_image(base))
+        return watch(l1_argv(plan, folder=folder, disks=disks, console=str(log)), plan)
 
 
 def engines(asked: str | None) -> list[str]:

@@ -21,6 +21,8 @@ from typing import Any
 COMMAND_S = 240.0
 BEAT_S = 5.0
 CLOCK_MS = 3000.0
+#: Where the sockets of VMs are while they are needed.
+RUN = "/root/.dhg/run"
 
 
 class Port:
@@ -64,39 +66,70 @@ class Done:
         )
 
 
-def dhg(*args: str, timeout_s: float = COMMAND_S) -> Done:
-    """Run the command as a user does."""
+def dhg(*args: str, stdin: bytes = b"", env: dict[str, str] | None = None, timeout_s: float = COMMAND_S) -> Done:
+    """Run the command as a user does; `env` is added to the environment."""
     argv = ["dhg", *args]
+    environ = {**os.environ, **(env or {})}
     try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
+        done = subprocess.run(argv, input=stdin, capture_output=True, env=environ, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as late:
         raise Failed(f"{' '.join(argv)}: no end after {timeout_s:g} s; {late.stdout!r} {late.stderr!r}") from None
     return Done(argv, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def vmms() -> list[str]:
-    """The command lines of the VMMs that run."""
-    found = []
+def running(*kinds: str) -> dict[int, str]:
+    """The processes of these kinds, by pid; all kinds by default."""
+    found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/cmdline", "rb") as file:
-                    program = file.read().split(b"\0")[0]
+                    argv = file.read().decode("utf-8", "replace").split("\0")
             except OSError:
                 continue
             # A zombie's is empty.
-            if b"qemu-system" in program or b"firecracker" in program:
-                found.append(f"{name} {program.decode()}")
+            kind = (
+                "pager"
+                if any("dhg.pager" in arg for arg in argv)
+                else os.path.basename(argv[0]).partition("-system")[0]
+            )
+            if kind in (kinds or ("qemu", "firecracker", "pager")):
+                found[int(name)] = kind
     return found
 
 
-def none_left(within_s: float) -> None:
-    """No VMM is left after at most `within_s` seconds. Raises `Failed`."""
+def none_left(within_s: float = 20.0) -> None:
+    """No VMM, pager or socket is left after at most `within_s` seconds. Raises `Failed`."""
     until = time.monotonic() + within_s
-    while left := vmms():
+    while left := [*running().items(), *(os.listdir(RUN) if os.path.isdir(RUN) else [])]:
         if time.monotonic() > until:
             raise Failed(f"left: {left}")
         time.sleep(0.2)
+
+
+class Script:
+    """A script that says `up` and then sleeps, and the client that runs it."""
+
+    def __init__(self, *in_vm: str) -> None:
+        code = "print('up', flush=True); import time; time.sleep(3600)"
+        argv = ["dhg", "exec", *in_vm, "-c", code]
+        self.client = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def __enter__(self) -> Script:
+        assert self.client.stdout is not None
+        line = self.client.stdout.readline()
+        if line != b"up\n":
+            raise Failed(f"the script said {line!r}: {self.client.communicate()}")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.client.kill()
+        self.client.communicate()
+
+    def end(self) -> Done:
+        """What the client ends with, after what was done to it."""
+        out, err = self.client.communicate(timeout=COMMAND_S)
+        return Done(["dhg", "exec"], self.client.returncode, out.decode(), err.decode())
 
 
 class Checks:
@@ -116,7 +149,11 @@ class Checks:
             self.prepare,
             self.kvm_is_usable,
             self.five_runs,
+            self.streams,
             self.clones_differ,
+            *([self.memory_modes, self.without_override, self.pager_dies] if self.name == "firecracker" else []),
+            self.interrupt,
+            self.interpreter_dies,
             self.kill_9_leaves_nothing,
             self.refused_under_tcg,
             self.refused_without_the_device,
@@ -149,11 +186,61 @@ class Checks:
         times = []
         for number in range(5):
             began = time.monotonic()
-            code = f"import sys; print({number} * 7); sys.exit({number})"
+            code = f"import colorsys, sys; print({number} * 7); sys.exit({number})"
             dhg("exec", *self.in_vm, "-c", code).must(number, f"{number * 7}\n")
             times.append(f"{time.monotonic() - began:.1f} s")
-        none_left(10)
+        none_left()
         return ", ".join(times)
+
+    def streams(self) -> None:
+        """Bytes go in and come out as they are, stderr on its own."""
+        code = (
+            "import sys; data = sys.stdin.buffer.read(); sys.stdout.buffer.write(data[::-1]); sys.stderr.write('e\\n')"
+        )
+        data = bytes(range(128)) * 1000
+        dhg("exec", *self.in_vm, "-c", code, stdin=data).must(0, data[::-1].decode(), err=r"^e\n$")
+
+    def memory_modes(self) -> str:
+        """The guest's memory from the pager, lazily, all at first, or in a mapping of the file."""
+        found = []
+        for env in ({"DHG_VM_MEMORY": "lazy"}, {"DHG_VM_EAGER_UFFD": "1"}, {"DHG_VM_MEMORY": "file"}):
+            began = time.monotonic()
+            dhg("exec", *self.in_vm, "-c", "print(sum(range(1000)))", env=env).must(0, "499500\n")
+            found.append(f"{env}: {time.monotonic() - began:.1f} s")
+        return "\n".join(found)
+
+    def without_override(self) -> None:
+        """As a Firecracker before 1.16 is restored, which cannot be told another path of the vsock device's socket."""
+        code = "import sys; from dhg.engine import firecracker; firecracker.VSOCK_OVERRIDE = (99, 0);"
+        code += "from dhg.cli import main; sys.exit(main(sys.argv[1:]))"
+        argv = ["python3", "-c", code, "exec", *self.in_vm, "-c", "print(6 * 7)"]
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_S, check=False)
+        Done(argv, done.returncode, done.stdout.decode(), done.stderr.decode()).must(0, "42\n")
+        none_left()
+
+    def pager_dies(self) -> str:
+        """A VM whose pager is gone does not hang: it is ended, and the client says so."""
+        with Script(*self.in_vm) as script:
+            pagers = running("pager")
+            if len(pagers) != 1:
+                raise Failed(f"running: {running()}")
+            os.kill(next(iter(pagers)), signal.SIGKILL)
+            done = script.end().must(2, "", err=r"error: the VM ended while the script ran")
+        none_left()
+        return done.err
+
+    def interrupt(self) -> None:
+        """Ctrl+C ends the script as it would end it anywhere."""
+        with Script(*self.in_vm) as script:
+            script.client.send_signal(signal.SIGINT)
+            script.end().must(130, "", err=r"Traceback.*time\.sleep.*KeyboardInterrupt")
+        none_left()
+
+    def interpreter_dies(self) -> None:
+        """A script that takes its interpreter down is told apart from one that ends."""
+        code = "import os; print('last', flush=True); os.kill(os.getpid(), 9)"
+        dhg("exec", *self.in_vm, "-c", code).must(2, "last\n", err=r"ended its interpreter \(killed by signal 9\)")
+        none_left()
 
     def clones_differ(self) -> str:
         """`dhg vm verify`: two clones differ where they must, agree where they must.
@@ -161,6 +248,8 @@ class Checks:
         Only their clocks may be off by more than verify allows: two clones on one emulated CPU answer each other's way late.
         """
         done = dhg("vm", "verify", *self.engine, "--version", self.version, "--restores", "2", "--json")
+        if not done.out:
+            done.must(0)
         checks = json.loads(done.out)["checks"]
         clocks = [check for check in checks if check["name"].endswith("against the host")]
         wrong = [check for check in checks if not check["ok"] and check not in clocks]
@@ -171,16 +260,12 @@ class Checks:
 
     def kill_9_leaves_nothing(self) -> None:
         """A client that is killed takes its VM along and leaves nothing for doctor to find."""
-        code = "print('up', flush=True); import time; time.sleep(3600)"
-        with subprocess.Popen(["dhg", "exec", *self.in_vm, "-c", code], stdout=subprocess.PIPE) as client:
-            assert client.stdout is not None
-            line = client.stdout.readline()
-            running = vmms()
-            client.send_signal(signal.SIGKILL)
-            client.wait()
-        if line != b"up\n" or len(running) != 1:
-            raise Failed(f"the script said {line!r}; running: {running}")
-        none_left(10)
+        with Script(*self.in_vm) as script:
+            alive = running(self.name)
+            script.client.kill()
+        if len(alive) != 1:
+            raise Failed(f"running: {alive}")
+        none_left()
         left = [item for item in json.loads(dhg("doctor", "--json").out)["findings"] if item["name"] == "leftovers"]
         if [item["text"] for item in left] != ["none"]:
             raise Failed(json.dumps(left))

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from tests.conftest import Completed, Dhg, qemus_of, run_dhg, share_stages
 
+from dhg import machine, proc
+from dhg.wire import client
+
 BARE = ("exec", "--vm", "--version", "bare")
 
 
@@ -100,6 +103,16 @@ def test_kvm_that_does_not_work_says_why(at_home: Dhg, home: Path) -> None:
     assert reasons[0] == reasons[1]
     assert (home / "cache" / "probe.json").exists() == ("no stock kernel boots on it" in reasons[0])
     assert at_home(*BARE, "-c", "print(1)").stdout == b"1\n"
+
+
+def test_without_shares_the_workspace_is_empty(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DHG_HOME", str(home))
+    out: list[bytes] = []
+    with machine.restore("bare") as vm:
+        # The import looks for the module in the working directory first.
+        request = client.Request(b"import colorsys, os; print(os.getcwd(), os.listdir())")
+        vm.run(request, stdout=out.append, stderr=out.append, deadline=proc.Deadline(100))
+    assert b"".join(out) == b"/workspace []\n"
 
 
 def test_clean_leaves_nothing(at_home: Dhg, home: Path) -> None:

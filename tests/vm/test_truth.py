@@ -38,7 +38,7 @@ def test_the_clock_is_right_under_load_too() -> None:
 
 
 def _clock_offset_ms() -> tuple[float, float]:
-    """Round trip and offset of the quickest of several questions: on a busy host an answer may be late, which is not the clock's fault."""
+    """Round trip and offset of the quickest of several questions: a late answer is not the clock's fault."""
     reader, writer = (sock for sock in __import__("socket").socketpair())
     offsets: list[tuple[float, float]] = []
     asked = [time.time_ns()]

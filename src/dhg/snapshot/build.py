@@ -25,7 +25,8 @@ from ..pager import process as pager
 from ..wire import client, frames
 from . import engines, inventory, store
 
-#: From power-on to HELLO: two minutes under TCG on two busy cores; more on a machine that does other things, too.
+#: From one word of the guest to the next, the last being HELLO: all of it takes two minutes under TCG on two cores, but far more on a
+#: machine that does other things, too, and the start of the JVM alone six minutes under KVM in an emulated host.
 BOOT_TIMEOUT_S = 900.0
 BLOCK = 4096
 
@@ -312,7 +313,7 @@ def _wait_hello(control: _socket.socket, progress: Progress) -> dict[str, str]:
     poller.register(control.fileno(), select.POLLIN)
     while True:
         if not poller.poll(deadline.left() * 1000):
-            raise DeadlineExceeded(f"the guest was not ready within {BOOT_TIMEOUT_S:g} s")
+            raise DeadlineExceeded(f"the guest is not ready, and has been silent for {BOOT_TIMEOUT_S:g} s")
         try:
             data = control.recv(65536)
         except ConnectionError:
@@ -323,6 +324,7 @@ def _wait_hello(control: _socket.socket, progress: Progress) -> dict[str, str]:
             for kind, payload in decoder.feed(data):
                 found = frames.fields(payload)
                 if kind == frames.LOG:
+                    deadline = proc.Deadline(BOOT_TIMEOUT_S)
                     progress("boot", frames.text(found[frames.F_TEXT][0]))
                 elif kind == frames.HELLO:
                     protocol = frames.integer(found[frames.F_PROTOCOL][0])
