@@ -81,7 +81,7 @@ outside No such file or directory
 ../secret No such file or directory
 loop Too many levels of symbolic links
 /workspace/../secret No such file or directory
-b'tail' 19
+b'tail' 20
 [2, 4] 499500
 [2, 4] [1, 3]
 1000
