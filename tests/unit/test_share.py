@@ -640,7 +640,7 @@ def test_nodes_in_a_circle_end(start: Start, folders: list[Path]) -> None:
     assert guest.lookup(WRITABLE, "a") == a
 
 
-OPCODES = st.one_of(st.sampled_from(range(1, 52)), st.integers(0, 2**32 - 1))
+OPCODES = st.one_of(st.sampled_from([*range(1, 52), protocol.USED]), st.integers(0, 2**32 - 1))
 NODES = st.one_of(st.integers(0, 4), st.integers(nodes.FIRST_ID, nodes.FIRST_ID + 6), st.integers(0, 2**64 - 1))
 NAMES = st.sampled_from([b"a", b"b", b"d", b"f", b"..", b"", b"d/f", b"l", b"new", b"x" * 300])
 WORDS = st.one_of(st.integers(0, 8), st.integers(0, 2**64 - 1), st.sampled_from([2**63, 2**32 - 1, os.O_RDWR]))
