@@ -49,6 +49,7 @@ class Guest:
         self.thread.start()
         self.unique = 0
         self.stored: list[bytes] = []
+        self.ahead: list[bytes] = []
 
     def _serve(self) -> None:
         try:
@@ -87,8 +88,8 @@ class Guest:
             if number == unique:
                 assert not (error and reply)
                 return -error, reply
-            assert (number, error) == (0, protocol.NOTIFY_STORE)
-            self.stored.append(reply)
+            assert number == 0
+            {protocol.NOTIFY_STORE: self.stored, protocol.AHEAD: self.ahead}[error].append(reply)
 
     def good(self, opcode: int, node: int, body: bytes = b"") -> bytes:
         error, reply = self.ask(opcode, node, body)
@@ -210,6 +211,36 @@ def test_a_small_file_comes_with_its_open_and_the_cache_stays_good_until_it_chan
     assert flags() == 0
     guest.open(guest.lookup(READ_ONLY, "big"))
     assert len(guest.stored) == 2
+
+
+def test_files_of_a_directory_that_is_read_are_opened_ahead(start: Start, folders: list[Path]) -> None:
+    for i in range(20):
+        (folders[0] / f"f{i}").write_text(f"file {i}")
+    guest = start()
+    nodes_ = [guest.lookup(READ_ONLY, f"f{i}") for i in range(3)]
+    assert guest.ahead == []
+    guest.open(nodes_[0])
+    third = guest.lookup(READ_ONLY, "f3")
+    node, handle, flags = Struct("<QQI").unpack_from(guest.ahead[0])
+    assert (node, flags) == (third, protocol.KEEP_CACHE)
+    assert guest.ahead[0][24:] == protocol.STORE_OUT.pack(third, 0, 6) + b"file 3"
+    # Taken, and closed: the guest has its content now.
+    guest.send(protocol.USED, third, protocol.USED_IN.pack(handle))
+    assert guest.read(third, handle) == b"file 3"
+    guest.send(protocol.RELEASE, third, protocol.RELEASE_IN.pack(handle))
+    guest.lookup(READ_ONLY, "f3")
+    assert len(guest.ahead[1]) == 24
+    # Not taken: it is not assumed to have it, and after some of them it ends.
+    guest.lookup(READ_ONLY, "f4")
+    guest.lookup(READ_ONLY, "f4")
+    assert guest.ahead[2][24:] == guest.ahead[3][24:] != b""
+    for i in range(20):
+        guest.lookup(READ_ONLY, f"f{i}")
+    assert len(guest.ahead) == 1 + protocol.AHEAD_COUNT
+    (folders[0] / "f5").write_text("longer than before")
+    node = guest.lookup(READ_ONLY, "f5")
+    guest.open(node)
+    assert guest.stored[-1].endswith(b"longer than before")
 
 
 def test_a_directory_of_many_entries_is_listed_whole_and_once(start: Start, folders: list[Path]) -> None:
@@ -609,7 +640,7 @@ def test_nodes_in_a_circle_end(start: Start, folders: list[Path]) -> None:
     assert guest.lookup(WRITABLE, "a") == a
 
 
-OPCODES = st.one_of(st.sampled_from(range(1, 52)), st.integers(0, 2**32 - 1))
+OPCODES = st.one_of(st.sampled_from([*range(1, 52), protocol.USED]), st.integers(0, 2**32 - 1))
 NODES = st.one_of(st.integers(0, 4), st.integers(nodes.FIRST_ID, nodes.FIRST_ID + 6), st.integers(0, 2**64 - 1))
 NAMES = st.sampled_from([b"a", b"b", b"d", b"f", b"..", b"", b"d/f", b"l", b"new", b"x" * 300])
 WORDS = st.one_of(st.integers(0, 8), st.integers(0, 2**64 - 1), st.sampled_from([2**63, 2**32 - 1, os.O_RDWR]))

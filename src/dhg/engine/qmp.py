@@ -73,12 +73,14 @@ class Qmp:
             self._data += data
 
 
-#: What QEMU may map beyond the guest's memory: itself, its libraries, stacks, and TB_SIZE_MIB of translated code.
-OVERHEAD_MIB = 1024
+#: What QEMU may map beyond the guest's memory: itself, its libraries, TB_SIZE_MIB of translated code, and the stacks of the up to
+#: 64 threads with 8 MiB each that it starts when the guest reads much of its disk at once: it aborts if it cannot.
+OVERHEAD_MIB = 1536
 TB_SIZE_MIB = 256
 
 #: QEMU's heap in huge pages where the kernel gives them on request: a tenth less of its start goes into page faults (glibc 2.35).
-ENVIRON = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+#: Two heaps at most: one for each of those threads would reserve 64 MiB a thread.
+ENVIRON = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2"}
 
 CAPABILITIES = b'{"execute":"qmp_capabilities"}\n'
 SET_CAPABILITIES = (

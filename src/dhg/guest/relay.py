@@ -14,6 +14,7 @@ A message, either way, begins with its length (four bytes, little-endian); the l
 import os
 import select
 import sys
+import time
 from struct import Struct
 
 POKE = b".frozen"
@@ -25,14 +26,21 @@ BUFFER = MAX_WRITE + 8192
 READ_AHEAD_KIB = 1024
 
 ROOT, WORKSPACE = 1, 2  # node ids; the host's server knows share N as node N + 2
-LOOKUP, FORGET, GETATTR, RELEASE, INIT, OPENDIR, READDIR, RELEASEDIR, ACCESS, INTERRUPT, BATCH_FORGET, READDIRPLUS = (
-    1, 2, 3, 18, 26, 27, 28, 29, 34, 36, 42, 44
+LOOKUP, FORGET, GETATTR, OPEN, RELEASE, INIT, OPENDIR, READDIR, RELEASEDIR, ACCESS, INTERRUPT, IOCTL = (
+    1, 2, 3, 14, 18, 26, 27, 28, 29, 34, 36, 39
 )  # fmt: skip
+BATCH_FORGET, READDIRPLUS = 42, 44
+#: Messages between us and the host of which the kernel knows nothing: a file that has been opened before it is asked for, and
+#: that this one was wanted.
+AHEAD, USED = 100, 4097
+NOTIFY_STORE = 4
+#: How long what was opened ahead may be taken for what is there, in seconds.
+AHEAD_S = 0.5
 #: Requests to which the host does not reply.
 ONE_WAY = (FORGET, BATCH_FORGET, INTERRUPT, RELEASE, RELEASEDIR)
 #: How many bytes of them wait at most.
 HELD = 32768
-EIO, ENOENT = 5, 2
+EIO, ENOENT, ENOTTY = 5, 2, 25
 FOREVER = 1 << 40
 
 IN = Struct("<IIQQ16x")
@@ -43,6 +51,8 @@ INIT_OUT = Struct("<4I2H2I2HI28x")
 ATTR = Struct("<6Q10I")
 ATTR_OUT = Struct("<QI4x")
 ENTRY_OUT = Struct("<4QII")
+RELEASE_IN = Struct("<IIQQ16xQ16x")
+USED_IN = Struct("<IIQQ16xQ")
 
 # ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, PARALLEL_DIROPS, MAX_PAGES
 FLAGS = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 18 | 1 << 22
@@ -87,62 +97,127 @@ def alone(fuse: int) -> int:
         os.write(fuse, OUT.pack(OUT.size + len(reply), -error, unique) + reply)
 
 
-def carry(fuse: int, port: int) -> None:
-    """Carry requests to the host and what it replies back, one at a time; returns when the host is gone.
+class Relay:
+    """Carries requests to the host and what it replies back, one at a time.
 
     One at a time, because every change from one process to another costs more under emulation than what is gained by having several
     on the way. What needs no reply waits for the next that does, and goes with it: the kernel does not wait for it either.
     """
-    request = memoryview(bytearray(BUFFER + HELD))
-    reply = memoryview(bytearray(BUFFER + 4096))
-    held = have = 0
-    hung_up = select.poll()
-    hung_up.register(port, 0)
-    while True:
-        try:
-            size = os.readv(fuse, (request[held:],))
-        except FileNotFoundError:
-            continue  # whoever asked has been killed meanwhile
-        opcode = request[held + 4]
-        if opcode in ONE_WAY:
-            if opcode in (RELEASE, RELEASEDIR):
-                os.write(fuse, OUT.pack(OUT.size, 0, IN.unpack_from(request, held)[2]))
-            held += size
-            if held < HELD:
+
+    def __init__(self, fuse: int, port: int) -> None:
+        self.fuse = fuse
+        self.port = port
+        self.request = memoryview(bytearray(BUFFER + HELD + 4096))
+        self.reply = memoryview(bytearray(BUFFER + 4096))
+        #: Bytes of `request` that wait, and of `reply` that are not used up.
+        self.held = self.have = 0
+        #: A file that the host has opened ahead: node, handle, when it came, the reply to its OPEN, its content for the cache.
+        self.ahead: tuple[int, int, float, bytes, bytes] | None = None
+
+    def carry(self) -> None:
+        """Carry until the host is gone."""
+        hung_up = select.poll()
+        hung_up.register(self.port, 0)
+        request = self.request
+        while True:
+            held = self.held
+            try:
+                size = os.readv(self.fuse, (request[held:],))
+            except FileNotFoundError:
+                continue  # whoever asked has been killed meanwhile
+            opcode = request[held + 4]
+            if opcode in ONE_WAY:
+                if opcode in (RELEASE, RELEASEDIR):
+                    self.say(0, request[held + 8 : held + 16])
+                self.held += size
+                if self.held < HELD:
+                    continue
+            elif opcode == IOCTL:
+                # Python asks of every file it opens whether it is a terminal.
+                self.say(-ENOTTY, request[held + 8 : held + 16])
                 continue
-        else:
-            held += size
-        if hung_up.poll(0):
-            return  # a write would wait for the host to come back
-        unique = request[held - size + 8 : held - size + 16]
-        sent = os.write(port, request[:held])
-        while sent < held:
-            sent += os.write(port, request[sent:held])
-        held = 0
-        answered = opcode in ONE_WAY
-        while not answered:
-            # A virtio port gives a page at most at a time.
-            got = os.readv(port, (reply[have:],))
-            if got == 0:
-                return
-            have += got
-            start = 0
-            while have - start >= OUT.size:
-                length = int.from_bytes(reply[start : start + 4], "little")
-                if not OUT.size <= length <= BUFFER:
+            elif opcode == OPEN and self.ahead is not None and self.opened():
+                continue
+            else:
+                self.held += size
+            if hung_up.poll(0):
+                return  # a write would wait for the host to come back
+            unique = bytes(request[held + 8 : held + 16])
+            sent = os.write(self.port, request[: self.held])
+            while sent < self.held:
+                sent += os.write(self.port, request[sent : self.held])
+            self.held = 0
+            answered = opcode in ONE_WAY
+            while not answered:
+                # A virtio port gives a page at most at a time.
+                got = os.readv(self.port, (self.reply[self.have :],))
+                if got == 0:
                     return
-                if have - start < length:
-                    break
-                # The reply, or before it a message of the host's own, which has the number 0.
-                answered = answered or reply[start + 8 : start + 16] == unique
-                try:
-                    os.write(fuse, reply[start : start + length])
-                except OSError:
-                    pass  # ENOENT: whoever asked is gone
-                start += length
-            if start:
-                reply[: have - start] = reply[start:have]
-                have -= start
+                self.have += got
+                answered = self.take(unique)
+
+    def say(self, error: int, unique: memoryview, body: bytes = b"") -> None:
+        """Reply to the kernel."""
+        self.tell(OUT.pack(OUT.size + len(body), error, int.from_bytes(unique, "little")) + body)
+
+    def tell(self, message: bytes | memoryview) -> None:
+        """Pass a message to the kernel."""
+        try:
+            os.write(self.fuse, message)
+        except OSError:
+            pass  # ENOENT: whoever asked is gone
+
+    def take(self, unique: bytes) -> bool:
+        """Pass on what has arrived whole; whether the reply to the request `unique` was among it. Raises `ValueError`."""
+        reply, have, start, answered = self.reply, self.have, 0, False
+        while have - start >= OUT.size:
+            length, code, _ = OUT.unpack_from(reply, start)
+            if not OUT.size <= length <= BUFFER:
+                raise ValueError(f"a message of {length} bytes")
+            if have - start < length:
+                break
+            message = reply[start : start + length]
+            start += length
+            if code == AHEAD:
+                self.keep(bytes(message[OUT.size :]))
+                continue
+            # The reply, or before it a message of the host's own.
+            answered = answered or message[8:16] == unique
+            self.tell(message)
+        if start:
+            reply[: have - start] = reply[start:have]
+            self.have = have - start
+        return answered
+
+    def keep(self, body: bytes) -> None:
+        """Keep a file that was opened ahead; one that nobody wanted is given back."""
+        if self.ahead is not None:
+            node, handle, *_ = self.ahead
+            RELEASE_IN.pack_into(self.request, self.held, RELEASE_IN.size, RELEASE, 0, node, handle)
+            self.held += RELEASE_IN.size
+        node, handle = int.from_bytes(body[:8], "little"), int.from_bytes(body[8:16], "little")
+        self.ahead = (node, handle, time.monotonic(), body[8:24], body[24:])
+
+    def opened(self) -> bool:
+        """Answer the OPEN that has been read, if it is for the file that was opened ahead, and for reading."""
+        assert self.ahead is not None
+        held, (node, handle, since, reply, content) = self.held, self.ahead
+        flags = int.from_bytes(self.request[held + IN.size : held + IN.size + 4], "little")
+        if (
+            IN.unpack_from(self.request, held)[3] != node
+            or flags & (os.O_ACCMODE | os.O_TRUNC)
+            or time.monotonic() - since > AHEAD_S
+        ):
+            return False
+        unique = bytes(self.request[held + 8 : held + 16])
+        self.ahead = None
+        # In place of the request, to go with the next.
+        USED_IN.pack_into(self.request, held, USED_IN.size, USED, 0, node, handle)
+        self.held += USED_IN.size
+        if content:
+            self.tell(OUT.pack(OUT.size + len(content), NOTIFY_STORE, 0) + content)
+        self.say(0, memoryview(unique), reply)
+        return True
 
 
 def main() -> None:
@@ -152,12 +227,13 @@ def main() -> None:
         device = next(line.split()[2] for line in file if line.split()[4] == SHARES)
     with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as file:
         file.write(str(READ_AHEAD_KIB))
+    relay = Relay(fuse, port)
     poke = alone(fuse)
     # Woken up, it does not take the CPU from a script that has more to do before it has to wait.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.write(fuse, OUT.pack(OUT.size, -ENOENT, poke))
     # When this returns and the process ends, the kernel fails every request instead of keeping the script waiting.
-    carry(fuse, port)
+    relay.carry()
 
 
 if __name__ == "__main__":

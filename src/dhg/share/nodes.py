@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from .ignore import Patterns
 
+    Version = tuple[int, int, int]
+
 #: Some 120 MB of ours at most. The guest's kernel forgets nodes when its own memory runs short.
 MAX_NODES = 1 << 18
 MAX_HANDLES = 4096
@@ -57,6 +59,7 @@ class Node:
     """A file that the guest's kernel knows: `lookups` is how often it was told, `children` how many nodes are named in it."""
 
     __slots__ = (
+        "ahead",
         "children",
         "id",
         "identity",
@@ -80,12 +83,14 @@ class Node:
         self.others: list[tuple[Node, bytes]] = []
         self.lookups = 0
         self.children = 0
+        #: How many more of its files to open when they are looked up: files in it have been read.
+        self.ahead = 0
         #: Open handles, by which a file is found that has no name any more.
         self.open: list[Handle] = []
         #: The size that the guest's kernel was told with the name.
         self.told_size = -1
         #: Times and size when the guest last opened it: unchanged, its cache is good.
-        self.version: tuple[int, int, int] = (-1, -1, -1)
+        self.version: Version = (-1, -1, -1)
 
     @property
     def is_directory(self) -> bool:
@@ -114,12 +119,14 @@ class Node:
 class Handle:
     """An open file or directory."""
 
-    __slots__ = ("directory", "fd", "node", "writable")
+    __slots__ = ("directory", "fd", "node", "version", "writable")
 
     def __init__(self, fd: int, node: Node, *, writable: bool = False, directory: bool = False) -> None:
         self.fd = fd
         self.node = node
         self.writable = writable
+        #: Times and size of the file when this was opened.
+        self.version: Version = (-1, -1, -1)
         self.directory = beneath.Directory(fd) if directory else None
 
 

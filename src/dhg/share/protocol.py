@@ -15,7 +15,8 @@ All numbers are little-endian; a message is at most MAX_MESSAGE bytes. The guest
     4       4      0, or minus an errno (then nothing follows); in a message of the host's own, its code
     8       8      unique; 0 in a message of the host's own
 
-Different from what the kernel speaks: the requests of ONE_WAY have no reply here, the guest's relay has answered those that need one.
+Different from what the kernel speaks: the requests of ONE_WAY have no reply here, the guest's relay has answered those that need one;
+and there are two messages between the host and the relay of which the kernel knows nothing, AHEAD and USED.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ ATTR = Struct("<6Q10I")
 ATTR_OUT = Struct("<QI4x")  # seconds, ns for which ATTR, which follows, may be taken as true
 ENTRY_OUT = Struct("<4QII")  # node, generation, seconds for the name, for ATTR, their ns; ATTR follows
 OPEN_OUT = Struct("<QI4x")  # fh, flags
+AHEAD_OUT = Struct("<Q")  # node
+USED_IN = Struct("<Q")  # fh
 STORE_OUT = Struct("<QQI4x")  # node, offset, size; the bytes follow, for the guest's cache
 WRITE_OUT = Struct("<I4x")  # size
-STATFS_OUT = Struct(
-    "<5Q4I24x"
-)  # blocks, free, available, files, free files, block size, longest name, fragment size, 0
+# blocks, free, available, files, free files, block size, longest name, fragment size, 0
+STATFS_OUT = Struct("<5Q4I24x")
 LSEEK_OUT = Struct("<q")
 DIRENT = Struct("<QQII")  # ino, position after it, length of the name, DT_*; the name follows, padded to 8
 
@@ -69,7 +71,11 @@ SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH, SET_ATIME_NO
     1 << bit for bit in range(9)
 )
 #: What the guest's relay answers itself: there is no reply to these here.
-ONE_WAY = (FORGET, BATCH_FORGET, INTERRUPT, RELEASE, RELEASEDIR)
+USED = 4097
+ONE_WAY = (FORGET, BATCH_FORGET, INTERRUPT, RELEASE, RELEASEDIR, USED)
+#: Before the reply to a LOOKUP: the file is open already. AHEAD_OUT, OPEN_OUT, and unless the guest has its content in its cache,
+#: STORE_OUT and that. The relay answers the next OPEN with it, if it comes soon, and says so by USED; otherwise it sends a RELEASE.
+AHEAD = 100
 #: A message of our own, before the reply to an OPEN: its code stands where a reply has its error, and unique is 0.
 NOTIFY_STORE = 4
 
@@ -84,6 +90,8 @@ MAX_DIRECTORY_REPLY = 1 << 16
 #: A file of this size at most is sent when it is opened, which saves the READ.
 SMALL = 1 << 15
 NAME_MAX = 255
+#: How many files in a row are opened ahead in a directory without that one was wanted.
+AHEAD_COUNT = 8
 #: How long the guest may take what it was told as true: files may change here while a script runs.
 VALID_S = 1
 #: Permission bits that a guest can give to a file: not set-user-ID and set-group-ID, which would outlive it on the host.

@@ -11,6 +11,9 @@ from .nodes import FIRST_SHARE_ID, ROOT_ID, Handle, Node, Share, Tables, refuse
 from .protocol import (
     ACCESS,
     ACCESS_IN,
+    AHEAD,
+    AHEAD_COUNT,
+    AHEAD_OUT,
     ATTR,
     ATTR_OUT,
     DIRENT,
@@ -49,21 +52,23 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .nodes import Version
+
     #: An int is the number of bytes that lie in the reply buffer already.
     Reply = bytes | int
     Operation = Callable[[int, memoryview], Reply]
 
 
 class Reader:
-    """Answers what does not change anything. `send` sends a message that is no reply."""
+    """Answers what does not change anything. `send` sends a message before the reply."""
 
-    def __init__(self, shares: list[Share], *, max_handles: int, send: Callable[[memoryview], None]) -> None:
+    def __init__(self, shares: list[Share], *, max_handles: int, send: Callable[[bytes], None]) -> None:
         self.tables = Tables(shares, max_handles=max_handles)
         #: Whether the guest tried to write where it may not.
         self.refused_write = False
         #: Room for a header and the largest READ.
         self.out = memoryview(bytearray(OUT.size + MAX_IO))
-        self._send = send
+        self.send = send
         self._owner, self._group = os.geteuid(), os.getegid()
         #: Devices in the order in which they were seen: the guest sees one file system, and inodes must differ in it.
         self._devices: dict[int, int] = {}
@@ -146,6 +151,9 @@ class Reader:
         except FileNotFoundError:
             # A name that is not there may be taken as such for as long as one that is: that is node 0.
             return ENTRY_OUT.pack(0, 0, VALID_S, 0, 0, 0) + bytes(ATTR.size)
+        if parent.ahead and S_ISREG(found.st_mode):
+            parent.ahead -= 1
+            self._open_ahead(node, found)
         return self._entry(node, found)
 
     def _getattr(self, node_id: int, body: memoryview) -> bytes:
@@ -290,23 +298,55 @@ class Reader:
         finally:
             if ours:
                 os.close(fd)
-        version = (found.st_mtime_ns, found.st_ctime_ns, found.st_size)
         keep = 0
-        if not writes and (version == node.version or self._stored(node, real, found.st_size)):
-            keep = KEEP_CACHE
-        node.version = version
+        if not writes:
+            content = self._content(node, real, found, node.told_size)
+            if content is not None:
+                keep = KEEP_CACHE
+                if content:
+                    self.send(OUT.pack(OUT.size + len(content), NOTIFY_STORE, 0) + content)
+            if node.parent is not None:
+                node.parent.ahead = AHEAD_COUNT
+        node.version = version_of(found)
         return OPEN_OUT.pack(self.tables.open(Handle(real, node, writable=access != os.O_RDONLY)), keep)
 
-    def _stored(self, node: Node, fd: int, size: int) -> bool:
-        """Put a small file's content into the guest's cache; False if it is not small, or not what the guest takes it for."""
-        if not 0 < size <= SMALL or size != node.told_size:
-            return False
+    def _content(self, node: Node, fd: int, found: os.stat_result, told_size: int) -> bytes | None:
+        """What to put into the guest's cache of a file that is opened, nothing if it has it; None if the file is not small, or not
+        as long as the guest takes it for."""
+        if version_of(found) == node.version:
+            return b""
+        size = found.st_size
+        if not 0 < size <= SMALL or size != told_size:
+            return None
         data = os.pread(fd, size, 0)
-        if len(data) != size:
-            return False
-        head = OUT.pack(OUT.size + STORE_OUT.size + size, NOTIFY_STORE, 0) + STORE_OUT.pack(node.id, 0, size)
-        self._send(memoryview(head + data))
-        return True
+        return STORE_OUT.pack(node.id, 0, size) + data if len(data) == size else None
+
+    def _open_ahead(self, node: Node, found: os.stat_result) -> None:
+        """Open a file that is looked up: others beside it were opened right after that."""
+        try:
+            self.tables.room()
+            fd, now = self.tables.resolve(node)
+            try:
+                real = reopen(fd, os.O_RDONLY)
+            finally:
+                os.close(fd)
+        except OSError:
+            return  # whoever opens it will be told
+        content = self._content(node, real, now, found.st_size)
+        if content is None:
+            os.close(real)
+            return
+        handle = Handle(real, node)
+        handle.version = version_of(now)
+        body = AHEAD_OUT.pack(node.id) + OPEN_OUT.pack(self.tables.open(handle), KEEP_CACHE) + content
+        self.send(OUT.pack(OUT.size + len(body), AHEAD, 0) + body)
+
+    def used(self, number: int, node_id: int) -> None:
+        """The guest has opened what was opened ahead. Raises `OSError` (EBADF)."""
+        handle = self.tables.handle(number, node_id)
+        handle.node.version = handle.version
+        if handle.node.parent is not None:
+            handle.node.parent.ahead = AHEAD_COUNT
 
     def _read(self, node_id: int, body: memoryview) -> int:
         number, offset, size = READ_IN.unpack_from(body)
@@ -318,6 +358,11 @@ class Reader:
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise refuse(errno.EINVAL)
         return LSEEK_OUT.pack(os.lseek(self.tables.handle(number, node_id).fd, offset, whence))
+
+
+def version_of(found: os.stat_result) -> Version:
+    """By what a file that has changed is told from one that has not."""
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _times(found: os.stat_result) -> tuple[int, int, int]:

@@ -25,6 +25,8 @@ from .protocol import (
     RELEASE,
     RELEASE_IN,
     RELEASEDIR,
+    USED,
+    USED_IN,
 )
 from .writing import Writer
 
@@ -42,7 +44,9 @@ class Server:
 
     def __init__(self, fd: int, shares: list[Share], *, max_handles: int = 4096) -> None:
         self.fd = fd
-        self.files = Writer(shares, max_handles=max_handles, send=self._send)
+        #: Messages that go before the reply which is being made, in one write with it.
+        self._before: list[bytes] = []
+        self.files = Writer(shares, max_handles=max_handles, send=self._before.append)
         self.tables = self.files.tables
         self._operations = self.files.operations()
 
@@ -99,7 +103,8 @@ class Server:
             error = errno.EINVAL
         except MemoryError:
             error = errno.ENOMEM
-        self._send(memoryview(OUT.pack(OUT.size + len(reply), -error, unique) + reply))
+        self._send(memoryview(b"".join((*self._before, OUT.pack(OUT.size + len(reply), -error, unique), reply))))
+        self._before.clear()
 
     def _send(self, data: memoryview) -> None:
         try:
@@ -114,6 +119,8 @@ class Server:
                 self.tables.forget(node, FORGET_IN.unpack_from(body)[0])
             elif opcode in (RELEASE, RELEASEDIR) and node != ROOT_ID:
                 self.tables.close(RELEASE_IN.unpack_from(body)[0], node)
+            elif opcode == USED:
+                self.files.used(USED_IN.unpack_from(body)[0], node)
             elif opcode == BATCH_FORGET:
                 count = BATCH_IN.unpack_from(body)[0]
                 data = body[BATCH_IN.size : BATCH_IN.size + count * FORGET_ONE.size]
