@@ -135,10 +135,12 @@ class Pager:
                 self._read(0 if self._faults or self._rests or ahead else None)
                 if self._faults:
                     self._fault(self._faults.popleft())
+                elif ahead:
+                    # Before the rests of chunks: the guest waits for it to be done.
+                    if next(ahead, self) is self:
+                        ahead = None
                 elif self._rests:
                     self._rest()
-                elif ahead and next(ahead, self) is self:
-                    ahead = None
         except _VmmGone:
             return
 
