@@ -51,12 +51,11 @@ if {boot}:
     control = channels.prepare()
     runner.log(control, "warm-up")
 null = "/dev/null"
-stdio.attach(os.open(null, os.O_RDONLY), os.open(null, os.O_WRONLY), os.open(null, os.O_WRONLY))
+guest.stdin = stdio.attach(os.open(null, os.O_RDONLY), os.open(null, os.O_WRONLY), os.open(null, os.O_WRONLY))
 script.settle()
 if {boot}:
     stdio.write_all(control, runner.hello({{"python": sys.version.split()[0], "deephaven": "stand-in"}}))
-guest.meet = channels.meet
-guest.control = channels.meet(-1)
+guest.meet_host(channels)
 guest.serve()
 threading.Event().wait()
 """
