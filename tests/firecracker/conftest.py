@@ -19,9 +19,10 @@ MEMORY_MIB = 64
 
 def stand_in(folder: Path, version: str = "1.16.0", faults: str = "-") -> str:
     """A program that is taken for Firecracker of `version`; its log is `requests` in `folder`. Its path."""
+    # Its address space is bounded as Firecracker's is; threads' arenas would fill that.
     program = folder / f"firecracker-{version}-{faults}"
     python = [sys.executable, str(Path(__file__).with_name("standin.py")), version, str(folder / "requests"), faults]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(python)} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexport MALLOC_ARENA_MAX=1\nexec {shlex.join(python)} "$@"\n')
     program.chmod(0o755)
     return str(program)
 

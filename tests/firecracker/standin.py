@@ -275,6 +275,7 @@ def main(argv: list[str]) -> None:
         print(f"Firecracker v{VERSION}\n\nSupported snapshot data format versions: 6.0.0")
         return
     path = argv[argv.index("--api-sock") + 1]
+    threading.stack_size(512 << 10)
     with socketserver.ThreadingUnixStreamServer(path, Handler) as server:
         server.daemon_threads = True
         server.serve_forever()
