@@ -78,10 +78,11 @@ def _serve(peer: Peer, source: Source, found: dict[str, str], tell: Callable[[st
     chunk = PAGE if mode == "record" else chunk_size(found["chunk"] or str(serve.STEP))
     pager = serve.Pager(peer, source, chunk=chunk, touched=touched)
     work: Iterator[None] = iter(())
+    threads = min(8, len(os.sched_getaffinity(0)))
     if mode == "set":
-        work = pager.fill_set(workingset.load(found["set"], memory))
+        work = pager.fill_set(workingset.load(found["set"], memory), threads)
     elif mode == "eager":
-        work = pager.fill_all(max(1, min(8, len(os.sched_getaffinity(0)))))
+        work = pager.fill_all(threads)
     pager.run(_ahead(pager, work, tell))
     if touched is not None:
         workingset.save(found["set"], workingset.merge(touched), memory)

@@ -70,6 +70,27 @@ class Memory:
         return start, min(ends, default=last)
 
 
+#: Pages of a region: the first one, and the one after the last.
+Place = tuple[Memory, int, int]
+
+
+def _portions(places: Iterator[Place]) -> Iterator[list[Place]]:
+    """What a thread takes at a time: places of about STEP bytes, none of them longer than that."""
+    portion: list[Place] = []
+    size = 0
+    for memory, first, last in places:
+        step = max(1, STEP // memory.page_size)
+        for at in range(first, last, step):
+            end = min(at + step, last)
+            portion.append((memory, at, end))
+            size += (end - at) * memory.page_size
+            if size >= STEP:
+                yield portion
+                portion, size = [], 0
+    if portion:
+        yield portion
+
+
 class _Gate:
     """Lets threads fill side by side, and one thread read events while none does."""
 
@@ -87,7 +108,8 @@ class _Gate:
     def leave(self) -> None:
         with self._changed:
             self._filling -= 1
-            self._changed.notify_all()
+            if self._closed:
+                self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:
@@ -144,33 +166,28 @@ class Pager:
         except _VmmGone:
             return
 
-    def fill_set(self, ranges: list[Range]) -> Iterator[None]:
-        """Work for `run`: fill ranges of the file's pages, one ioctl's worth with each step."""
+    def fill_set(self, ranges: list[Range], threads: int) -> Iterator[None]:
+        """Work for `run`: fill ranges of the file's pages, in `threads` threads, while this one goes on to serve."""
         # All of it is asked for before any is needed: the disk sees a deep queue, in order.
         for first, count in ranges:
             self._source.will_need(first * uffd.PAGE, count * uffd.PAGE)
+        return self._fill_ahead(_portions(self._places(ranges)), threads)
+
+    def fill_all(self, threads: int) -> Iterator[None]:
+        """Work for `run`: fill everything."""
+        whole = ((memory, 0, memory.pages) for memory in self.memories)
+        return self._fill_ahead(_portions(whole), threads)
+
+    def _places(self, ranges: list[Range]) -> Iterator[Place]:
+        """Where ranges of the file's pages are in the regions."""
         for first, count in ranges:
             for memory in self.memories:
                 start = max(first * uffd.PAGE, memory.offset) - memory.offset
                 end = min((first + count) * uffd.PAGE, memory.offset + memory.end - memory.address) - memory.offset
                 if start < end:
-                    pages = start // memory.page_size, -(-end // memory.page_size)
-                    yield from self._steps(memory, *pages)
+                    yield memory, start // memory.page_size, -(-end // memory.page_size)
 
-    def _steps(self, memory: Memory, first: int, last: int) -> Iterator[None]:
-        step = max(1, STEP // memory.page_size)
-        for at in range(first, last, step):
-            self._fill(memory, at, min(at + step, last))
-            yield
-
-    def fill_all(self, threads: int) -> Iterator[None]:
-        """Work for `run`: fill everything, in `threads` threads, while this one goes on to serve."""
-        pieces = (
-            (memory, at, min(at + step, memory.pages))
-            for memory in self.memories
-            for step in (max(1, STEP // memory.page_size),)
-            for at in range(0, memory.pages, step)
-        )
+    def _fill_ahead(self, portions: Iterator[list[Place]], threads: int) -> Iterator[None]:
         lock = threading.Lock()
         failed: list[BaseException] = []
         gate = self._gate = _Gate()
@@ -179,10 +196,11 @@ class Pager:
             try:
                 while not failed:
                     with lock:
-                        piece = next(pieces, None)
-                    if piece is None:
+                        portion = next(portions, None)
+                    if portion is None:
                         return
-                    self._fill(*piece, gate=gate)
+                    for place in portion:
+                        self._fill(*place, gate=gate)
             except BaseException as error:
                 failed.append(error)
 
