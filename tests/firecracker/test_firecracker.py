@@ -199,3 +199,13 @@ def test_a_snapshot_whose_state_is_gone(tmp_path: Path, home: Path) -> None:
     os.truncate(f"{path}/state", 0)
     with pytest.raises(DhgError, match="has changed since"):
         machine.restore("1")
+
+
+def test_clean_removes_what_killed_clients_left(home: Path) -> None:
+    ours, left = home / "run" / f"dhg-{os.getpid()}-00", home / "run" / "dhg-4194305-00"
+    for folder in (ours, left):
+        folder.mkdir(parents=True)
+        (folder / "api").touch()
+    assert run_dhg("vm", "clean").returncode == 0
+    assert ours.exists()
+    assert not left.exists()
