@@ -7,7 +7,7 @@ import struct
 import zlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhg.errors import ImageError
@@ -88,6 +88,7 @@ def test_lz4_blocks_that_make_no_sense(block: bytes) -> None:
         lz4.decompress(lz4.MAGIC + struct.pack("<I", len(block)) + block)
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_lz4_fails_in_an_orderly_way(data: bytes) -> None:
     try:

@@ -20,16 +20,20 @@ from __future__ import annotations
 import errno
 import os
 import select
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator
+from _collections import deque
+from _thread import LockType, allocate_lock, start_new_thread
 
 from ..errors import MachineError, SnapshotError
 from . import uffd
 from .handshake import Peer
 from .source import Source
 from .workingset import Range
+
+# Not `threading`, `collections`, `typing`: the VMM waits while this is imported.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MISSING, FILLED, REMOVED = 0, 1, 2
 _FILLED, _REMOVED = bytes([FILLED]), bytes([REMOVED])
@@ -95,32 +99,32 @@ class _Gate:
     """Lets threads fill side by side, and one thread read events while none does."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        #: Held by whoever comes in, and by the reader from `close` to `open`.
+        self._door = allocate_lock()
+        self._count = allocate_lock()
         self._filling = 0
-        self._closed = False
+        #: Held from the first who comes in until the last one leaves, and by the reader.
+        self._room = allocate_lock()
 
     def enter(self) -> None:
-        with self._changed:
-            while self._closed:
-                self._changed.wait()
+        with self._door, self._count:
             self._filling += 1
+            if self._filling == 1:
+                self._room.acquire()
 
     def leave(self) -> None:
-        with self._changed:
+        with self._count:
             self._filling -= 1
-            if self._closed:
-                self._changed.notify_all()
+            if self._filling == 0:
+                self._room.release()
 
     def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            while self._filling:
-                self._changed.wait()
+        self._door.acquire()
+        self._room.acquire()
 
     def open(self) -> None:
-        with self._changed:
-            self._closed = False
-            self._changed.notify_all()
+        self._room.release()
+        self._door.release()
 
 
 class Pager:
@@ -188,11 +192,11 @@ class Pager:
                     yield memory, start // memory.page_size, -(-end // memory.page_size)
 
     def _fill_ahead(self, portions: Iterator[list[Place]], threads: int) -> Iterator[None]:
-        lock = threading.Lock()
+        lock = allocate_lock()
         failed: list[BaseException] = []
         gate = self._gate = _Gate()
 
-        def work() -> None:
+        def work(done: LockType) -> None:
             try:
                 while not failed:
                     with lock:
@@ -203,13 +207,15 @@ class Pager:
                         self._fill(*place, gate=gate)
             except BaseException as error:
                 failed.append(error)
+            finally:
+                done.release()
 
-        workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(RETRY_MS / 1000)
+        workers = [allocate_lock() for _ in range(threads)]
+        for done in workers:
+            done.acquire()
+            start_new_thread(work, (done,))
+        for done in workers:
+            while not done.acquire(timeout=RETRY_MS / 1000):
                 yield
         self._gate = None
         if failed:
