@@ -55,7 +55,8 @@ guest.stdin = stdio.attach(os.open(null, os.O_RDONLY), os.open(null, os.O_WRONLY
 script.settle()
 if {boot}:
     stdio.write_all(control, runner.hello({{"python": sys.version.split()[0], "deephaven": "stand-in"}}))
-guest.meet_host(channels)
+channels.stdin, guest.meet = guest.stdin, channels.meet
+guest.use(channels.meet(-1))
 guest.serve()
 threading.Event().wait()
 """
