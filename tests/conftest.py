@@ -21,7 +21,15 @@ Dhg = Callable[..., Completed]
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DHG_VERSION", "DHG_QEMU", "DHG_VM_EAGER_UFFD", "DHG_VM_MEMORY", "DHG_FIRECRACKER", "PYTHONPATH"):
+    for name in (
+        "DHG_VERSION",
+        "DHG_QEMU",
+        "DHG_VM_EAGER_UFFD",
+        "DHG_VM_MEMORY",
+        "DHG_FIRECRACKER",
+        "DHG_ENGINE",
+        "PYTHONPATH",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 

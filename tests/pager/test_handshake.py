@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhg.errors import DeadlineExceeded, ProtocolError
@@ -75,6 +75,7 @@ def test_the_former_name_of_the_page_size() -> None:
     assert handshake.parse(json.dumps([item]).encode(), memory_bytes=8 * PAGE)[0].page_size == PAGE
 
 
+@settings(deadline=None)
 @given(st.one_of(st.binary(), st.text().map(str.encode)))
 def test_any_bytes_are_refused_in_an_orderly_way(data: bytes) -> None:
     handshake.whole(data)
@@ -88,6 +89,7 @@ _JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(_JSON)
 def test_any_json_is_refused_or_sound(data: object) -> None:
     try:
@@ -145,6 +147,7 @@ def test_nobody_comes_or_says_anything(tmp_path: Path) -> None:
         assert handshake.accept(listener, memory_bytes=PAGE, timeout_s=10) is None
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 400)), st.integers(0, 5))
 def test_merged_ranges_cover_the_pages_and_no_wide_gap(pages: set[int], gap: int) -> None:
     ranges = workingset.merge(pages, gap=gap)

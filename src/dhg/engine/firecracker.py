@@ -151,11 +151,11 @@ def memory_mode(path: str) -> str:
     wanted = os.environ.get("DHG_VM_MEMORY", "")
     if wanted not in ("", "file", "lazy", "set", "eager"):
         raise UsageError(f"DHG_VM_MEMORY is {wanted!r}; it may be file, lazy, set or eager")
-    if wanted == "file":
-        return "file"
-    if wanted == "eager" or os.environ.get("DHG_VM_EAGER_UFFD") == "1":
+    if not wanted and os.environ.get("DHG_VM_EAGER_UFFD") == "1":
         return EAGER
-    return SET if wanted != "lazy" and os.path.exists(f"{path}/{WORKING_SET}") else LAZY
+    if wanted in ("file", LAZY, EAGER):
+        return wanted
+    return SET if os.path.exists(f"{path}/{WORKING_SET}") else LAZY
 
 
 def make_folder() -> str:

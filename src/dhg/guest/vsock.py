@@ -138,5 +138,9 @@ def _report(handed: _socket.socket, code: int) -> None:
     if control >= 0:
         try:
             write_all(control, frames.frame(frames.DIED, frames.field(frames.F_EXIT, code)))
+            # The host ends the VM when it has read that. Until then no channel may be closed: an end of output that came
+            # before would look like the end of the VM.
+            while os.read(control, 4096):
+                pass
         except OSError:
             pass

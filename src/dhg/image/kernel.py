@@ -131,15 +131,21 @@ def vmlinux(image: bytes) -> bytes:
     try:
         if payload.startswith(b"\xfd7zXZ\0"):
             # The kernel's build appends the size to what xz wrote; the decompressor stops before it.
-            elf = lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload)
+            xz = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            elf = xz.decompress(payload)
+            whole = xz.eof
         elif payload.startswith(lz4.MAGIC):
-            elf = lz4.decompress(payload)
+            elf, whole = lz4.decompress(payload), True
         elif payload.startswith(b"\x1f\x8b"):
-            elf = zlib.decompressobj(wbits=31).decompress(payload)
+            gzip = zlib.decompressobj(wbits=31)
+            elf = gzip.decompress(payload)
+            whole = gzip.eof
         else:
             raise ImageError(f"the kernel is compressed in a way that is not known: {payload[:6].hex()}")
     except (lzma.LZMAError, zlib.error) as error:
         raise ImageError(f"the kernel inside the bzImage is damaged: {error}") from error
+    if not whole:
+        raise ImageError("the kernel inside the bzImage is damaged: it ends early")
     if not elf.startswith(b"\x7fELF"):
         raise ImageError("what is inside the bzImage is no ELF file")
     return elf

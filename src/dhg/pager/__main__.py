@@ -14,20 +14,22 @@ and ends with status 1.
 
 from __future__ import annotations
 
+import _signal
 import _socket
-import json
 import os
 import resource
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 
 from ..errors import DhgError, UsageError
 from . import handshake, serve, workingset
 from .handshake import Peer
 from .source import Source
 from .uffd import PAGE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 MODES = ("lazy", "eager", "set", "record")
 _DEFAULTS = {"mode": "lazy", "chunk": "", "set": "", "status": "-1", "timeout": "60", "memory": "", "socket": ""}
@@ -78,10 +80,11 @@ def _serve(peer: Peer, source: Source, found: dict[str, str], tell: Callable[[st
     chunk = PAGE if mode == "record" else chunk_size(found["chunk"] or str(serve.STEP))
     pager = serve.Pager(peer, source, chunk=chunk, touched=touched)
     work: Iterator[None] = iter(())
+    threads = min(8, len(os.sched_getaffinity(0)))
     if mode == "set":
-        work = pager.fill_set(workingset.load(found["set"], memory))
+        work = pager.fill_set(workingset.load(found["set"], memory), threads)
     elif mode == "eager":
-        work = pager.fill_all(max(1, min(8, len(os.sched_getaffinity(0)))))
+        work = pager.fill_all(threads)
     pager.run(_ahead(pager, work, tell))
     if touched is not None:
         workingset.save(found["set"], workingset.merge(touched), memory)
@@ -100,7 +103,7 @@ def run(argv: list[str]) -> int:
             pass  # nobody asked, or nobody listens any more
 
     # A reader that goes away must not end the guest.
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
     source = Source(found["memory"])
     listener = _listener(found["socket"])
     peer = handshake.accept(listener, memory_bytes=source.size, timeout_s=float(found["timeout"]))
@@ -112,13 +115,13 @@ def run(argv: list[str]) -> int:
         counts = _serve(peer, source, found, tell)
     except BaseException:
         # Its threads wait for pages that nobody will bring.
-        signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)
+        _signal.pidfd_send_signal(peer.pidfd, _signal.SIGKILL)
         raise
     finally:
         peer.close()
     used = resource.getrusage(resource.RUSAGE_SELF)
     times = {"user_s": used.ru_utime, "system_s": used.ru_stime, "served_s": round(time.monotonic() - began, 4)}
-    tell(json.dumps(counts | times))
+    tell("{" + ", ".join(f'"{name}": {value}' for name, value in {**counts, **times}.items()) + "}")
     return 0
 
 

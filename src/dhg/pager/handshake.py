@@ -16,17 +16,19 @@ docs/snapshotting/handling-page-faults-on-snapshot-resume.md.
 
 from __future__ import annotations
 
+import _json
 import _socket
-import array
-import json
 import os
 import select
 import struct
 import time
-from typing import Any
 
 from ..errors import DeadlineExceeded, ProtocolError
 from .uffd import PAGE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: A message is some 130 bytes a region, and there are one or two.
 MAX_MESSAGE = 1 << 16
@@ -75,10 +77,7 @@ def parse(message: bytes, *, memory_bytes: int) -> list[Region]:
     Raises `ProtocolError` for anything but a list of regions that do not overlap, have whole pages, and lie in the file: a file
     that is shorter than they need (by more than the rest of its last page) is no snapshot of this guest.
     """
-    try:
-        found = json.loads(message)
-    except ValueError as error:
-        raise ProtocolError(f"the VMM's message is no JSON: {error}") from None
+    found = _decode(message)
     if not isinstance(found, list) or not 0 < len(found) <= MAX_REGIONS:
         raise ProtocolError(f"the VMM's message is not a list of 1 to {MAX_REGIONS} regions")
     regions = sorted((_region(item, memory_bytes) for item in found), key=lambda region: region.address)
@@ -89,6 +88,29 @@ def parse(message: bytes, *, memory_bytes: int) -> list[Region]:
                 raise ProtocolError(f"regions overlap in their {name}: {regions}")
             ends = getattr(region, name) + region.size
     return regions
+
+
+class _Context:
+    """What the json module's scanner is told by its decoder."""
+
+    strict = True
+    object_hook = object_pairs_hook = None
+    parse_float, parse_int, parse_constant = float, int, float
+
+    def __init__(self) -> None:
+        self.memo: dict[str, str] = {}
+
+
+def _decode(message: bytes) -> object:
+    """The value of a JSON text, by the scanner inside the json module, whose import takes as long as an interpreter's start."""
+    try:
+        text = message.decode().strip(" \t\n\r")
+        found, end = _json.make_scanner(_Context())(text, 0)  # type: ignore[arg-type]
+        if end != len(text):
+            raise ValueError(f"something follows at {end}")
+    except (ValueError, StopIteration, RecursionError) as error:
+        raise ProtocolError(f"the VMM's message is no JSON: {error}") from None
+    return found
 
 
 def _region(item: object, memory_bytes: int) -> Region:
@@ -172,9 +194,7 @@ def _receive(connection: _socket.socket, leash: int, ends: float, fds: list[int]
             data, ancillary, flags = b"", [], 0
         for level, kind, content in ancillary:
             if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
-                received = array.array("i")
-                received.frombytes(content[: len(content) // received.itemsize * received.itemsize])
-                fds.extend(received)
+                fds.extend(struct.unpack(f"{len(content) // 4}i", content[: len(content) // 4 * 4]))
         if flags & _socket.MSG_CTRUNC:
             raise ProtocolError("more descriptors came with the VMM's message than one")
         message += data

@@ -69,6 +69,11 @@ class PagerProcess:
             for fd in (leash, vmm_leash, status):
                 os.close(fd)
 
+    @property
+    def status_fd(self) -> int:
+        """Where `ready` is said, for another process to wait for; then `wait_ready` and `counts` must not be."""
+        return self._status
+
     def tie(self, vmm: int) -> None:
         """From now on the process `vmm`, which has inherited `vmm_leash`, dies with the pager."""
         proc.kill_with_us(vmm, self.vmm_leash)
@@ -89,7 +94,7 @@ class PagerProcess:
         deadline = proc.Deadline(timeout_s)
         while self._read(deadline.left()):
             pass
-        return self._said.rpartition(b"ready\n")[2]
+        return self._said.removeprefix(b"ready\n")
 
     def _read(self, timeout_s: float) -> bool:
         poller = select.poll()

@@ -20,16 +20,20 @@ from __future__ import annotations
 import errno
 import os
 import select
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator
+from _collections import deque
+from _thread import LockType, allocate_lock, start_new_thread
 
 from ..errors import MachineError, SnapshotError
 from . import uffd
 from .handshake import Peer
 from .source import Source
 from .workingset import Range
+
+# Not `threading`, `collections`, `typing`: the VMM waits while this is imported.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MISSING, FILLED, REMOVED = 0, 1, 2
 _FILLED, _REMOVED = bytes([FILLED]), bytes([REMOVED])
@@ -70,35 +74,57 @@ class Memory:
         return start, min(ends, default=last)
 
 
+#: Pages of a region: the first one, and the one after the last.
+Place = tuple[Memory, int, int]
+
+
+def _portions(places: Iterator[Place]) -> Iterator[list[Place]]:
+    """What a thread takes at a time: places of about STEP bytes, none of them longer than that."""
+    portion: list[Place] = []
+    size = 0
+    for memory, first, last in places:
+        step = max(1, STEP // memory.page_size)
+        for at in range(first, last, step):
+            end = min(at + step, last)
+            portion.append((memory, at, end))
+            size += (end - at) * memory.page_size
+            if size >= STEP:
+                yield portion
+                portion, size = [], 0
+    if portion:
+        yield portion
+
+
 class _Gate:
     """Lets threads fill side by side, and one thread read events while none does."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        #: Held by whoever comes in, and by the reader from `close` to `open`.
+        self._door = allocate_lock()
+        self._count = allocate_lock()
         self._filling = 0
-        self._closed = False
+        #: Held from the first who comes in until the last one leaves, and by the reader.
+        self._room = allocate_lock()
 
     def enter(self) -> None:
-        with self._changed:
-            while self._closed:
-                self._changed.wait()
+        with self._door, self._count:
             self._filling += 1
+            if self._filling == 1:
+                self._room.acquire()
 
     def leave(self) -> None:
-        with self._changed:
+        with self._count:
             self._filling -= 1
-            self._changed.notify_all()
+            if self._filling == 0:
+                self._room.release()
 
     def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            while self._filling:
-                self._changed.wait()
+        self._door.acquire()
+        self._room.acquire()
 
     def open(self) -> None:
-        with self._changed:
-            self._closed = False
-            self._changed.notify_all()
+        self._room.release()
+        self._door.release()
 
 
 class Pager:
@@ -135,61 +161,61 @@ class Pager:
                 self._read(0 if self._faults or self._rests or ahead else None)
                 if self._faults:
                     self._fault(self._faults.popleft())
+                elif ahead:
+                    # Before the rests of chunks: the guest waits for it to be done.
+                    if next(ahead, self) is self:
+                        ahead = None
                 elif self._rests:
                     self._rest()
-                elif ahead and next(ahead, self) is self:
-                    ahead = None
         except _VmmGone:
             return
 
-    def fill_set(self, ranges: list[Range]) -> Iterator[None]:
-        """Work for `run`: fill ranges of the file's pages, one ioctl's worth with each step."""
+    def fill_set(self, ranges: list[Range], threads: int) -> Iterator[None]:
+        """Work for `run`: fill ranges of the file's pages, in `threads` threads, while this one goes on to serve."""
         # All of it is asked for before any is needed: the disk sees a deep queue, in order.
         for first, count in ranges:
             self._source.will_need(first * uffd.PAGE, count * uffd.PAGE)
+        return self._fill_ahead(_portions(self._places(ranges)), threads)
+
+    def fill_all(self, threads: int) -> Iterator[None]:
+        """Work for `run`: fill everything."""
+        whole = ((memory, 0, memory.pages) for memory in self.memories)
+        return self._fill_ahead(_portions(whole), threads)
+
+    def _places(self, ranges: list[Range]) -> Iterator[Place]:
+        """Where ranges of the file's pages are in the regions."""
         for first, count in ranges:
             for memory in self.memories:
                 start = max(first * uffd.PAGE, memory.offset) - memory.offset
                 end = min((first + count) * uffd.PAGE, memory.offset + memory.end - memory.address) - memory.offset
                 if start < end:
-                    pages = start // memory.page_size, -(-end // memory.page_size)
-                    yield from self._steps(memory, *pages)
+                    yield memory, start // memory.page_size, -(-end // memory.page_size)
 
-    def _steps(self, memory: Memory, first: int, last: int) -> Iterator[None]:
-        step = max(1, STEP // memory.page_size)
-        for at in range(first, last, step):
-            self._fill(memory, at, min(at + step, last))
-            yield
-
-    def fill_all(self, threads: int) -> Iterator[None]:
-        """Work for `run`: fill everything, in `threads` threads, while this one goes on to serve."""
-        pieces = (
-            (memory, at, min(at + step, memory.pages))
-            for memory in self.memories
-            for step in (max(1, STEP // memory.page_size),)
-            for at in range(0, memory.pages, step)
-        )
-        lock = threading.Lock()
+    def _fill_ahead(self, portions: Iterator[list[Place]], threads: int) -> Iterator[None]:
+        lock = allocate_lock()
         failed: list[BaseException] = []
         gate = self._gate = _Gate()
 
-        def work() -> None:
+        def work(done: LockType) -> None:
             try:
                 while not failed:
                     with lock:
-                        piece = next(pieces, None)
-                    if piece is None:
+                        portion = next(portions, None)
+                    if portion is None:
                         return
-                    self._fill(*piece, gate=gate)
+                    for place in portion:
+                        self._fill(*place, gate=gate)
             except BaseException as error:
                 failed.append(error)
+            finally:
+                done.release()
 
-        workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(RETRY_MS / 1000)
+        workers = [allocate_lock() for _ in range(threads)]
+        for done in workers:
+            done.acquire()
+            start_new_thread(work, (done,))
+        for done in workers:
+            while not done.acquire(timeout=RETRY_MS / 1000):
                 yield
         self._gate = None
         if failed:

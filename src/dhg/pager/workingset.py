@@ -16,10 +16,13 @@ The set of pages that is touched repeats from run to run, their order does not: 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from struct import Struct
 
 from .uffd import PAGE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MAGIC = b"dhg-ws1\n"
 _HEAD = Struct("<8sQQII")

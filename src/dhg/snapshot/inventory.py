@@ -263,9 +263,23 @@ def clean(*, version: str | None = None, everything: bool = False) -> Cleaned:
         names = []
     for name in names:
         _clean_version(f"{root}/{name}", result, snapshots=everything)
+    _clean_run(f"{config.home()}/run", result)
     for stage in ("base", "image", "vmlinux"):
         _clean_stage(f"{config.cache_dir()}/{stage}", result, everything=everything)
     return result
+
+
+def _clean_run(folder: str, result: Cleaned) -> None:
+    """Remove the socket directories that killed clients left (engine/firecracker.py); their names have the client's pid."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return
+    for name in names:
+        words = name.split("-")
+        if words[0] == "dhg" and len(words) == 3 and words[1].isdigit() and not os.path.exists(f"/proc/{words[1]}"):
+            remove_tree(f"{folder}/{name}")
+            result.removed.append(f"{folder}/{name}")
 
 
 def _clean_stage(folder: str, result: Cleaned, *, everything: bool) -> None:
