@@ -28,6 +28,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "DHG_VM_MEMORY",
         "DHG_FIRECRACKER",
         "DHG_ENGINE",
+        "DHG_VM_CHUNK",
         "PYTHONPATH",
     ):
         monkeypatch.delenv(name, raising=False)

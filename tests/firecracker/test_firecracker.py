@@ -90,6 +90,17 @@ def test_the_modes_of_the_pager(tmp_path: Path, home: Path, monkeypatch: pytest.
         firecracker.memory_mode(path)
 
 
+def test_the_chunk_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert firecracker.chunk_bytes() == 64 << 10
+    for text, size in (("2M", 2 << 20), ("4k", 4096), ("1024M", 1 << 30)):
+        monkeypatch.setenv("DHG_VM_CHUNK", text)
+        assert firecracker.chunk_bytes() == size
+    for text in ("3M", "2", "M", "2048M", "1K", "-1M", "64KiB"):
+        monkeypatch.setenv("DHG_VM_CHUNK", text)
+        with pytest.raises(UsageError):
+            firecracker.chunk_bytes()
+
+
 @pytest.mark.parametrize("mode", ["eager", "set", "lazy"])
 def test_each_mode_runs(
     tmp_path: Path, home: Path, needs_uffd: None, monkeypatch: pytest.MonkeyPatch, mode: str
