@@ -188,13 +188,14 @@ def test_jvm_crash() -> None:
 
 def test_a_stopped_vmm_does_not_outlive_the_timeout() -> None:
     argv = [DHG, "exec", "--vm", "--timeout", "8", "-c", "print('up'); import time; time.sleep(100)"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"up\n"
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        qemu = int(file.read().split()[0])
-    os.kill(qemu, signal.SIGSTOP)
-    _, err = process.communicate(timeout=DEADLINE_S)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+            qemu = int(file.read().split()[0])
+        os.kill(qemu, signal.SIGSTOP)
+        _, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 3
     assert b"timed out after 8 s" in err
     assert not os.path.exists(f"/proc/{qemu}")

@@ -50,7 +50,7 @@ def test_the_vmm_has_no_privileges() -> None:
         limits = {
             line[:26].strip(): line[26:].split()[1] for line in Path(f"/proc/{pid}/limits").read_text().splitlines()
         }
-        assert int(limits["Max address space"]) <= (config.DEFAULT_MEMORY_MIB + 1024) << 20
+        assert int(limits["Max address space"]) <= (config.DEFAULT_MEMORY_MIB + qmp.OVERHEAD_MIB) << 20
         assert limits["Max core file size"] == "0"
 
 
@@ -98,7 +98,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", list(BOMBS))
 def test_a_bomb_hurts_its_own_script_only(name: str, dhg: Dhg) -> None:
-    argv = [DHG, "exec", "--vm", "--timeout", "60", "-c", "print('up', flush=True)\n" + BOMBS[name]]
+    argv = [DHG, "exec", "--vm", "--timeout", "25", "-c", "print('up', flush=True)\n" + BOMBS[name]]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as client:
         assert client.stdout is not None
         assert client.stdout.readline() == b"up\n"

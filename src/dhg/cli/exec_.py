@@ -24,8 +24,6 @@ OPTIONS = [
     Option("-c", "CODE", "the script itself"),
     Option("--vm", None, "run in a microVM of its own, restored from a snapshot"),
     Option("--version", "V", "Deephaven version (default: DHG_VERSION, or the newest snapshot)"),
-    Option("--accel", "kvm|tcg", "refuse a snapshot that was made under the other (default: whichever it was)"),
-    Option("--engine", "qemu|firecracker", "which VMM's snapshot (default: DHG_ENGINE, or whichever there is)"),
     Option("--env", "NAME[=VALUE]", "pass an environment variable; may be repeated", repeat=True),
     Option("--rw", None, "the script may write to the working directory, which it has as /workspace"),
     Option("--mount", "HOST[:GUEST][:rw]", "share another directory, too; may be repeated", repeat=True),
@@ -33,14 +31,16 @@ OPTIONS = [
     Option("--output", "NAME=FILE", "write a table to a .parquet, .csv or .arrow file; may be repeated", repeat=True),
     Option("--timeout", "S", "end the run S seconds after the command began (exit 3)"),
     Option("--rows", "N", "rows of each table that the script leaves (default 10)"),
-    Option("--no-show-tables", None, "do not show the tables that the script leaves"),
-    Option("--no-table-meta", None, "show them without their columns' types"),
+    Option("--no-show-tables", None, "do not show the tables that the script leaves (--no-table-meta: without types)"),
     Option("--json", None, "one JSON object on stdout instead: outcome, output, error, tables"),
     Option("-v, --verbose", None, "show the phases in ms on stderr"),
     Option("-q, --quiet", None, "no notes of dhg's own on stderr, only errors"),
     Option("--debug", None, "show Python tracebacks of dhg's own errors, and the VM's command"),
     Option("-h, --help", None, "show this help"),
-    # In one line of MORE.
+    # In a line of MORE.
+    Option("--no-table-meta", None, ""),
+    Option("--accel", "kvm|tcg", ""),
+    Option("--engine", "qemu|firecracker", ""),
     Option("--host", "HOST", ""),
     Option("--port", "N", ""),
     Option("--tls", None, ""),
@@ -56,15 +56,13 @@ REMOTE_ONLY = ("port", "tls", "tls_ca", "tls_cert", "tls_key", "auth_type", "aut
 USAGE = "usage: dhg exec [--vm] [options] (-c CODE | SCRIPT | -) [ARG...]"
 
 MORE = """\
-Without --vm the script runs in a Deephaven server of its own on this host (pip install 'dhg[embedded]'), or in one
-that is up already (pip install 'dhg[remote]'): --host HOST [--port N] [--auth-type TYPE] [--auth-token TOKEN] [--tls]
-[--tls-ca FILE] [--tls-cert FILE --tls-key FILE]. The token may also come in DHG_AUTH_TOKEN.
+--engine qemu|firecracker and --accel kvm|tcg say which snapshot. Without --vm the script runs in a Deephaven server of its
+own on this host, or in one that is up: --host HOST [--port N] [--auth-type TYPE] [--auth-token TOKEN, or DHG_AUTH_TOKEN]
+[--tls] [--tls-ca FILE] [--tls-cert FILE --tls-key FILE].
 Exit codes: the script's own; 1 it raised, 2 usage or host problem, 3 timeout, 4 no snapshot, 130 Ctrl+C.
 
-examples:
   dhg exec --vm -c "print('hello')"
   dhg exec --vm report.py 2026-01-31
-  echo "print(6 * 7)" | dhg exec --vm -
 """
 
 #: What is shared unless the options say more: the working directory, read-only.

@@ -234,7 +234,7 @@ def rehearsal() -> bytes:
     source, name = b"print('rehearsal')", b"<string>"
     flags = frames.FLAG_TABLES | frames.FLAG_TABLE_META
     times = time.time_ns(), time.monotonic_ns()
-    head = frames.REQUEST_HEAD.pack(*times, flags, 10, len(source), len(name), os.urandom(64), os.urandom(16))
+    head = frames.REQUEST_HEAD.pack(*times, flags, 10, len(source), len(name), os.urandom(64), bytes(16))
     return head + source + name
 
 

@@ -273,7 +273,8 @@ class Session:
         `OutcomeUnknown` if the VM goes away, `ProtocolError` for bytes that are no frame; what was printed before has
         reached the sinks in any case.
         """
-        mark = os.urandom(16)
+        # Begins with a byte that no text has: what may be the beginning of the mark is held back until more comes.
+        mark = b"\xff" + os.urandom(15)
         outputs = [Stream(self._stdout, mark, stdout), Stream(self._stderr, mark, stderr)]
         self._send(encode(request, end_mark=mark, clock=clock))
         self._running = True

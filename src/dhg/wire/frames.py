@@ -26,7 +26,7 @@ The payloads of REQUEST and RESULT begin with a head of their own, and the list 
              4   length of the source
              4   length of the file's name
              64  entropy
-             16  end mark: closes stdout and stderr
+             16  end mark: closes stdout and stderr; ff and 15 random bytes
              ... source, name of the file
 
 Only control travels in frames. The script's stdin, stdout and stderr have a channel of their own each, and
