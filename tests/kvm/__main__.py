@@ -128,10 +128,13 @@ def stages_disk(version: str) -> tuple[Path, str]:
         shutil.copytree(base, target, symlinks=True, ignore=shutil.ignore_patterns("root.tar"))
         shutil.copytree(root, tree / "image" / os.path.basename(root))
         shutil.copytree(vmlinux, tree / "vmlinux" / os.path.basename(vmlinux))
+        # As they are in a home: what is not private there would be made so, which cannot be on a disk that is read-only.
+        for stage in tree.iterdir():
+            stage.chmod(0o700)
         proc.run(["mkfs.erofs", "-d0", "-T0", "--all-root", f"{tmp}/stages-{version}", str(tree)], timeout_s=600)
         remove_tree(str(tree))
 
-    return cached(f"stages-{version}", image.stage_key(base, root, vmlinux), build), base
+    return cached(f"stages-{version}", image.stage_key(base, root, vmlinux, "private"), build), base
 
 
 def payload(archive: Archive, plan: Plan) -> None:
