@@ -377,19 +377,18 @@ TRIES = 5
 
 
 def _try(path: str, version: str, engine: str) -> None:
-    """Restore the new generation and run a script: a VMM that cannot do it must show here, not in `exec`.
+    """Restore the new generation and run a script, twice: a VMM that cannot do it must show here, not in `exec`, and so must a
+    random number that two clones have in common (guest/reseed.py writes to where their generators were at the freeze).
 
     Then find what the guest's monotonic clock says at the moment of a resume, and add it to `launch`.
     """
-    output: list[bytes] = []
     lock = os.open(f"{path}/lock", os.O_RDONLY | os.O_CLOEXEC)
     try:
         snapshot = store.read(path, version, engine, lock)
-        with Machine(snapshot) as machine:
-            request = client.Request(b"print(6 * 7)")
-            result = machine.run(request, stdout=output.append, stderr=output.append, deadline=proc.Deadline(120.0))
-        if result.exit_code != 0 or b"".join(output) != b"42\n":
-            raise SnapshotError(f"the new snapshot does not run a script: exit {result.exit_code}", detail=repr(output))
+        one, two = _draw(snapshot), _draw(snapshot)
+        same = [str(number) for number, (left, right) in enumerate(zip(one, two, strict=True)) if left == right]
+        if same:
+            raise SnapshotError(f"two clones drew the same random numbers: {', '.join(same)} of {len(one)}")
         found: list[tuple[int, int]] = []
         while len(found) < TRIES and (not found or min(found)[0] > RESUME_WITHIN_NS):
             with Machine(snapshot) as machine:
@@ -404,6 +403,34 @@ def _try(path: str, version: str, engine: str) -> None:
     _write(f"{path}/launch.tmp", launch + frames.field(store.L_BASE_NS, min(found)[1]))
     os.rename(f"{path}/launch.tmp", f"{path}/launch")
     sync_dir(path)
+
+
+#: Draws from every generator whose state is in a snapshot, those of NumPy and the JVM where there are these.
+DRAWS = b"""
+import random
+draws = [random.random()]
+try:
+    import jpy, numpy
+    java = jpy.get_type
+except ImportError:
+    pass
+else:
+    draws += [numpy.random.random(), java("java.lang.Math").random(), java("java.security.SecureRandom")().nextLong()]
+    draws += [java("java.util.concurrent.ThreadLocalRandom").current().nextLong()]
+    draws += [java(name)().nextLong() for name in ("java.util.Random", "java.util.SplittableRandom")]
+print(*draws)
+"""
+
+
+def _draw(snapshot: store.Snapshot) -> list[bytes]:
+    output: list[bytes] = []
+    with Machine(snapshot) as machine:
+        request = client.Request(DRAWS)
+        result = machine.run(request, stdout=output.append, stderr=output.append, deadline=proc.Deadline(120.0))
+    if result.exit_code != 0 or not output:
+        said = b"".join(output).decode("utf-8", "replace")
+        raise SnapshotError(f"the new snapshot does not run a script: exit {result.exit_code}", detail=said)
+    return b"".join(output).split()
 
 
 #: What a typical script touches: an import, a table with a formula, an aggregation, a preview.
