@@ -46,6 +46,8 @@ def check_host(version: str, memory_mib: int, engine: str, binary: str | None) -
     to_build = image.missing_stages(version)
     programs = {program for stage in to_build for program in PROGRAMS[stage]}
     missing = sorted(PACKAGES[program] for program in programs if proc.find_program(program) is None)
+    if "base" in to_build and os.geteuid() != 0 and proc.find_program("newuidmap") is None:
+        missing.append("uidmap")
     if missing:
         raise HostError(
             f"missing programs; packages: {', '.join(missing)}", hint=f"apt-get install {' '.join(missing)}"
