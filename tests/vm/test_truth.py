@@ -43,9 +43,16 @@ def _clock_offset_ms() -> tuple[float, float]:
     offsets: list[tuple[float, float]] = []
     asked = [time.time_ns()]
 
+    held = b""
+
     def answered(data: bytes) -> None:
+        nonlocal held
         now = time.time_ns()
-        offsets.append(((now - asked[0]) / 1e6, (int(data) - (now + asked[0]) / 2) / 1e6))
+        held += data
+        if not held.endswith(b"\n"):
+            return
+        said, held = held, b""
+        offsets.append(((now - asked[0]) / 1e6, (int(said) - (now + asked[0]) / 2) / 1e6))
         if len(offsets) == 20:
             writer.close()
             return
