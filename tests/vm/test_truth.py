@@ -6,7 +6,9 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import pytest
 from tests.conftest import Dhg
 
 from dhg import machine, proc, verify
@@ -98,3 +100,47 @@ print(random.random(), numpy.random.rand(), uuid.uuid4(), jpy.get_type('java.lan
         list(pool.map(one, range(8)))
     assert len(seen) == 40
     assert len(set(seen)) == 40
+
+
+def test_a_snapshot_that_is_days_old_tells_the_time_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # For the guest it is the same whether it has slept for three days or its host's clock is three days ahead.
+    ahead_ns = 3 * 86400 * 1_000_000_000
+    found = machine.Machine._clock_of
+
+    def later(*args: Any) -> client.Clock:
+        clock = found(*args)
+        return client.Clock(clock.resumed_ns + ahead_ns, clock.base_ns)
+
+    monkeypatch.setattr(machine.Machine, "_clock_of", later)
+    source = b"""
+import time
+import jpy
+from deephaven import empty_table
+from deephaven.pandas import to_pandas
+system = jpy.get_type('java.lang.System')
+table = empty_table(1).update('t = epochNanos(now())')
+for _ in range(10):
+    print(time.time_ns(), system.currentTimeMillis() * 1_000_000, flush=True)
+    time.sleep(0.01)
+print(time.time_ns() - int(to_pandas(table)['t'][0]))
+"""
+    held = b""
+    late_ms: list[float] = []
+    lags: list[int] = []
+
+    def take(data: bytes) -> None:
+        nonlocal held
+        now = time.time_ns() + ahead_ns
+        *lines, held = (held + data).split(b"\n")
+        for line in lines:
+            numbers = [int(word) for word in line.split()]
+            if len(numbers) == 2:
+                late_ms.append(max(abs(now - number) / 1e6 for number in numbers))
+            else:
+                lags.extend(numbers)
+
+    with machine.restore() as vm:
+        vm.run(client.Request(source), stdout=take, stderr=print, deadline=proc.Deadline(100))
+    assert min(late_ms) <= verify.CLOCK_TOLERANCE_MS, late_ms
+    # now() in a query, against the guest's own clock some time later.
+    assert 0 <= lags[0] < 60_000_000_000
