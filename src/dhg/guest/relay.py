@@ -8,9 +8,10 @@ node of the workspace, which is empty. The runner ends that with a look-up of PO
 it is, and every reply comes back as it is. When the VM is frozen the process is blocked in a read: after a restore it costs nothing
 until a script touches a file.
 
-A message, either way, begins with its length (four bytes, little-endian); the layouts are in `dhg/share/server.py` on the host.
+A message, either way, begins with its length (four bytes, little-endian); the layouts are in `dhg/share/protocol.py` on the host.
 """
 
+import gc
 import os
 import select
 import sys
@@ -30,11 +31,10 @@ LOOKUP, FORGET, GETATTR, OPEN, RELEASE, INIT, OPENDIR, READDIR, RELEASEDIR, ACCE
     1, 2, 3, 14, 18, 26, 27, 28, 29, 34, 36, 39
 )  # fmt: skip
 BATCH_FORGET, READDIRPLUS = 42, 44
-#: Messages between us and the host of which the kernel knows nothing: a file that has been opened before it is asked for, and
-#: that this one was wanted.
-AHEAD, USED = 100, 4097
-NOTIFY_STORE = 4
-#: How long what was opened ahead may be taken for what is there, in seconds.
+#: Messages between us and the host of which the kernel knows nothing, see `dhg/share/protocol.py`: a file that will be asked for,
+#: that it is not to be used; that we have answered a LOOKUP, an OPEN with it.
+AHEAD, DROP, SEEN, USED = 100, 101, 4098, 4097
+#: How long what was sent ahead may be taken for what is there, in seconds.
 AHEAD_S = 0.5
 #: Requests to which the host does not reply.
 ONE_WAY = (FORGET, BATCH_FORGET, INTERRUPT, RELEASE, RELEASEDIR)
@@ -51,8 +51,13 @@ INIT_OUT = Struct("<4I2H2I2HI28x")
 ATTR = Struct("<6Q10I")
 ATTR_OUT = Struct("<QI4x")
 ENTRY_OUT = Struct("<4QII")
-RELEASE_IN = Struct("<IIQQ16xQ16x")
-USED_IN = Struct("<IIQQ16xQ")
+#: Messages without what differs from one to the next: the number of the request at their end, or a node's.
+NO_TERMINAL, DONE, FOUND, OPENED = (
+    OUT.pack(OUT.size + size, error, 0)[:8]
+    for size, error in ((0, -ENOTTY), (0, 0), (ENTRY_OUT.size + ATTR.size, 0), (16, 0))
+)
+SEEN_HEAD, USED_HEAD = IN.pack(IN.size, SEEN, 0, 0)[:16], IN.pack(IN.size + 8, USED, 0, 0)[:16]
+PADDING = bytes(16)
 
 # ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, AUTO_INVAL_DATA, DO_READDIRPLUS, READDIRPLUS_AUTO, PARALLEL_DIROPS, MAX_PAGES
 FLAGS = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 12 | 1 << 13 | 1 << 14 | 1 << 18 | 1 << 22
@@ -107,47 +112,50 @@ class Relay:
     def __init__(self, fuse: int, port: int) -> None:
         self.fuse = fuse
         self.port = port
-        self.request = memoryview(bytearray(BUFFER + HELD + 4096))
+        self.request = memoryview(bytearray(BUFFER))
         self.reply = memoryview(bytearray(BUFFER + 4096))
-        #: Bytes of `request` that wait, and of `reply` that are not used up.
-        self.held = self.have = 0
-        #: A file that the host has opened ahead: node, handle, when it came, the reply to its OPEN, its content for the cache.
-        self.ahead: tuple[int, int, float, bytes, bytes] | None = None
+        #: Messages that wait for the next request, and their size.
+        self.held: list[bytes] = []
+        self.holding = 0
+        #: Bytes of `reply` that are not used up.
+        self.have = 0
+        #: What the host has sent ahead, by directory and name and by node: when it came, the replies to a LOOKUP and an OPEN, its key
+        #: among names, a message with its content for the cache.
+        self.names: dict[bytes, tuple[float, bytes, bytes, bytes, bytes]] = {}
+        self.files: dict[bytes, tuple[float, bytes, bytes, bytes, bytes]] = {}
 
     def carry(self) -> None:
         """Carry until the host is gone."""
         hung_up = select.poll()
         hung_up.register(self.port, 0)
-        request = self.request
+        fuse, request, buffers = self.fuse, self.request, (self.request,)
         while True:
-            held = self.held
             try:
-                size = os.readv(self.fuse, (request[held:],))
+                size = os.readv(fuse, buffers)
             except FileNotFoundError:
                 continue  # whoever asked has been killed meanwhile
-            opcode = request[held + 4]
-            if opcode in ONE_WAY:
-                if opcode in (RELEASE, RELEASEDIR):
-                    self.say(0, request[held + 8 : held + 16])
-                self.held += size
-                if self.held < HELD:
-                    continue
-            elif opcode == IOCTL:
+            opcode = request[4]
+            if opcode == IOCTL:
                 # Python asks of every file it opens whether it is a terminal.
-                self.say(-ENOTTY, request[held + 8 : held + 16])
+                self.tell(b"".join((NO_TERMINAL, request[8:16])))
                 continue
-            elif opcode == OPEN and self.ahead is not None and self.opened():
+            if self.files and (
+                (opcode == OPEN and self.opened())
+                or (opcode == LOOKUP and self.looked_up(bytes(request[IN.size : size])))
+            ):
                 continue
-            else:
-                self.held += size
+            answered = opcode in ONE_WAY
+            if answered:
+                if opcode in (RELEASE, RELEASEDIR):
+                    self.tell(b"".join((DONE, request[8:16])))
+                self.hold(bytes(request[:size]))
+                if self.holding < HELD:
+                    continue
+                size = 0
             if hung_up.poll(0):
                 return  # a write would wait for the host to come back
-            unique = bytes(request[held + 8 : held + 16])
-            sent = os.write(self.port, request[: self.held])
-            while sent < self.held:
-                sent += os.write(self.port, request[sent : self.held])
-            self.held = 0
-            answered = opcode in ONE_WAY
+            self.send(request[:size])
+            unique = bytes(request[8:16])
             while not answered:
                 # A virtio port gives a page at most at a time.
                 got = os.readv(self.port, (self.reply[self.have :],))
@@ -156,9 +164,25 @@ class Relay:
                 self.have += got
                 answered = self.take(unique)
 
-    def say(self, error: int, unique: memoryview, body: bytes = b"") -> None:
-        """Reply to the kernel."""
-        self.tell(OUT.pack(OUT.size + len(body), error, int.from_bytes(unique, "little")) + body)
+    def hold(self, message: bytes) -> None:
+        """Keep a message until there is one that has to be sent."""
+        self.held.append(message)
+        self.holding += len(message)
+
+    def send(self, message: memoryview) -> None:
+        """Send what is held to the host, then `message`."""
+        parts = [message]
+        if self.held:
+            # Together where that costs no large copy: a port takes one buffer at a time.
+            if len(message) < 4096:
+                parts = [memoryview(b"".join((*self.held, message)))]
+            else:
+                parts = [memoryview(b"".join(self.held)), message]
+            self.held.clear()
+            self.holding = 0
+        for part in parts:
+            while part:
+                part = part[os.write(self.port, part) :]
 
     def tell(self, message: bytes | memoryview) -> None:
         """Pass a message to the kernel."""
@@ -179,9 +203,12 @@ class Relay:
             message = reply[start : start + length]
             start += length
             if code == AHEAD:
-                self.keep(bytes(message[OUT.size :]))
+                self.keep(bytes(message))
                 continue
-            # The reply, or before it a message of the host's own.
+            if code == DROP:
+                self.drop(bytes(message[OUT.size :]))
+                continue
+            # The reply, or before it a message of the host's own for the kernel.
             answered = answered or message[8:16] == unique
             self.tell(message)
         if start:
@@ -189,34 +216,51 @@ class Relay:
             self.have = have - start
         return answered
 
-    def keep(self, body: bytes) -> None:
-        """Keep a file that was opened ahead; one that nobody wanted is given back."""
-        if self.ahead is not None:
-            node, handle, *_ = self.ahead
-            RELEASE_IN.pack_into(self.request, self.held, RELEASE_IN.size, RELEASE, 0, node, handle)
-            self.held += RELEASE_IN.size
-        node, handle = int.from_bytes(body[:8], "little"), int.from_bytes(body[8:16], "little")
-        self.ahead = (node, handle, time.monotonic(), body[8:24], body[24:])
+    def keep(self, message: bytes) -> None:
+        """Keep what was sent ahead."""
+        end = 168 + message[16] + (message[17] << 8)
+        key = message[168:end]
+        file = time.monotonic(), message[24:152], message[152:168], key, message[end:]
+        self.names[key] = self.files[message[24:32]] = file
+
+    def drop(self, nodes: bytes) -> None:
+        """What was sent ahead of these nodes is not to be used."""
+        for at in range(0, len(nodes), 8):
+            file = self.files.pop(nodes[at : at + 8], None)
+            if file is not None:
+                self.names.pop(file[3], None)
+
+    def looked_up(self, name: bytes) -> bool:
+        """Answer the LOOKUP that has been read, if it is of a file that was sent ahead."""
+        request = self.request
+        file = self.names.pop(b"".join((request[16:24], name)), None)
+        if file is None or time.monotonic() - file[0] > AHEAD_S:
+            return False
+        _, entry, reply, _, _ = file
+        node = entry[:8]
+        if reply == PADDING:
+            del self.files[node]
+        self.hold(b"".join((SEEN_HEAD, node, PADDING)))
+        self.tell(b"".join((FOUND, request[8:16], entry)))
+        return True
 
     def opened(self) -> bool:
-        """Answer the OPEN that has been read, if it is for the file that was opened ahead, and for reading."""
-        assert self.ahead is not None
-        held, (node, handle, since, reply, content) = self.held, self.ahead
-        flags = int.from_bytes(self.request[held + IN.size : held + IN.size + 4], "little")
-        if (
-            IN.unpack_from(self.request, held)[3] != node
-            or flags & (os.O_ACCMODE | os.O_TRUNC)
-            or time.monotonic() - since > AHEAD_S
-        ):
+        """Answer the OPEN that has been read, if it is of a file that was sent ahead, and for reading."""
+        request = self.request
+        node = bytes(request[16:24])
+        file = self.files.get(node)
+        if file is None:
             return False
-        unique = bytes(self.request[held + 8 : held + 16])
-        self.ahead = None
-        # In place of the request, to go with the next.
-        USED_IN.pack_into(self.request, held, USED_IN.size, USED, 0, node, handle)
-        self.held += USED_IN.size
+        since, _, reply, key, content = file
+        flags = int.from_bytes(request[IN.size : IN.size + 4], "little")
+        if flags & (os.O_ACCMODE | os.O_TRUNC) or reply == PADDING or time.monotonic() - since > AHEAD_S:
+            return False
+        del self.files[node]
+        self.names.pop(key, None)
+        self.hold(b"".join((USED_HEAD, node, PADDING, reply[:8])))
         if content:
-            self.tell(OUT.pack(OUT.size + len(content), NOTIFY_STORE, 0) + content)
-        self.say(0, memoryview(unique), reply)
+            self.tell(content)
+        self.tell(b"".join((OPENED, request[8:16], reply)))
         return True
 
 
@@ -227,6 +271,8 @@ def main() -> None:
         device = next(line.split()[2] for line in file if line.split()[4] == SHARES)
     with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as file:
         file.write(str(READ_AHEAD_KIB))
+    # Nothing here refers to itself.
+    gc.disable()
     relay = Relay(fuse, port)
     poke = alone(fuse)
     # Woken up, it does not take the CPU from a script that has more to do before it has to wait.

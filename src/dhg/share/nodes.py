@@ -30,6 +30,9 @@ MAX_DEPTH = 2048
 #: Names that are remembered of a file with several links.
 MAX_NAMES = 8
 
+#: The version of a file that has not been looked at.
+NEVER: Version = (-1, -1, -1)
+
 ROOT_ID = 1
 FIRST_SHARE_ID = 2
 FIRST_ID = 1 << 16
@@ -59,7 +62,6 @@ class Node:
     """A file that the guest's kernel knows: `lookups` is how often it was told, `children` how many nodes are named in it."""
 
     __slots__ = (
-        "ahead",
         "children",
         "id",
         "identity",
@@ -69,7 +71,7 @@ class Node:
         "others",
         "parent",
         "share",
-        "told_size",
+        "told",
         "version",
     )
 
@@ -83,14 +85,12 @@ class Node:
         self.others: list[tuple[Node, bytes]] = []
         self.lookups = 0
         self.children = 0
-        #: How many more of its files to open when they are looked up: files in it have been read.
-        self.ahead = 0
         #: Open handles, by which a file is found that has no name any more.
         self.open: list[Handle] = []
-        #: The size that the guest's kernel was told with the name.
-        self.told_size = -1
+        #: Times and size as the guest's kernel was told them last.
+        self.told = NEVER
         #: Times and size when the guest last opened it: unchanged, its cache is good.
-        self.version: Version = (-1, -1, -1)
+        self.version = NEVER
 
     @property
     def is_directory(self) -> bool:
@@ -119,14 +119,12 @@ class Node:
 class Handle:
     """An open file or directory."""
 
-    __slots__ = ("directory", "fd", "node", "version", "writable")
+    __slots__ = ("directory", "fd", "node", "writable")
 
     def __init__(self, fd: int, node: Node, *, writable: bool = False, directory: bool = False) -> None:
         self.fd = fd
         self.node = node
         self.writable = writable
-        #: Times and size of the file when this was opened.
-        self.version: Version = (-1, -1, -1)
         self.directory = beneath.Directory(fd) if directory else None
 
 
@@ -279,3 +277,19 @@ def places(node: Node) -> Iterator[tuple[Node, bytes]]:
     if node.parent is not None:
         yield node.parent, node.name
         yield from node.others
+
+
+def version_of(found: os.stat_result) -> Version:
+    """By what a file that has changed is told from one that has not."""
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def hidden(parent: Node, name: bytes, *, directory: bool) -> bool:
+    """Whether .dhgignore hides `name` in `parent`."""
+    patterns = parent.share.patterns
+    return patterns is not None and patterns.hide(parent.below(name), directory=directory)
+
+
+def reopen(fd: int, flags: int) -> int:
+    """Open what an O_PATH descriptor stands for: the very file that was looked at, whatever its name now leads to."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)

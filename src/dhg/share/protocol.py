@@ -16,7 +16,7 @@ All numbers are little-endian; a message is at most MAX_MESSAGE bytes. The guest
     8       8      unique; 0 in a message of the host's own
 
 Different from what the kernel speaks: the requests of ONE_WAY have no reply here, the guest's relay has answered those that need one;
-and there are two messages between the host and the relay of which the kernel knows nothing, AHEAD and USED.
+and there are messages between the host and the relay of which the kernel knows nothing: AHEAD, DROP, SEEN and USED.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ ATTR = Struct("<6Q10I")
 ATTR_OUT = Struct("<QI4x")  # seconds, ns for which ATTR, which follows, may be taken as true
 ENTRY_OUT = Struct("<4QII")  # node, generation, seconds for the name, for ATTR, their ns; ATTR follows
 OPEN_OUT = Struct("<QI4x")  # fh, flags
-AHEAD_OUT = Struct("<Q")  # node
+AHEAD_OUT = Struct("<I4x")  # length of the key, see AHEAD
+INVAL_OUT = Struct("<Qqq")  # node, offset (-1: attributes only), length
 USED_IN = Struct("<Q")  # fh
 STORE_OUT = Struct("<QQI4x")  # node, offset, size; the bytes follow, for the guest's cache
 WRITE_OUT = Struct("<I4x")  # size
@@ -70,14 +71,20 @@ GETATTR_FH = 1
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH, SET_ATIME_NOW, SET_MTIME_NOW = (
     1 << bit for bit in range(9)
 )
+#: Requests of the relay's own: it has answered a LOOKUP, an OPEN from what was sent AHEAD.
+SEEN, USED = 4098, 4097
 #: What the guest's relay answers itself: there is no reply to these here.
-USED = 4097
-ONE_WAY = (FORGET, BATCH_FORGET, INTERRUPT, RELEASE, RELEASEDIR, USED)
-#: Before the reply to a LOOKUP: the file is open already. AHEAD_OUT, OPEN_OUT, and unless the guest has its content in its cache,
-#: STORE_OUT and that. The relay answers the next OPEN with it, if it comes soon, and says so by USED; otherwise it sends a RELEASE.
+ONE_WAY = (FORGET, BATCH_FORGET, INTERRUPT, RELEASE, RELEASEDIR, SEEN, USED)
+#: Messages of the host's own, before a reply: their code stands where a reply has its error, and unique is 0.
+#: A file that will be asked for: AHEAD_OUT; the replies to a LOOKUP (ENTRY_OUT, ATTR) and to an OPEN (OPEN_OUT; handle 0: not
+#: opened); the key, which is the directory's node id (8 bytes) and the name with its NUL; a whole message NOTIFY_STORE, unless the
+#: guest has the content in its cache or there is none.
 AHEAD = 100
-#: A message of our own, before the reply to an OPEN: its code stands where a reply has its error, and unique is 0.
-NOTIFY_STORE = 4
+#: Node ids, 8 bytes each: what was sent ahead of them is not true any more.
+DROP = 101
+#: For the guest's kernel: content for its cache (STORE_OUT, and the bytes); attributes that it is to ask for again (INVAL_OUT).
+#: Whoever passes NOTIFY_STORE to the kernel waits for pages that are being read: not for a file that is open.
+NOTIFY_INVAL_INODE, NOTIFY_STORE = 2, 4
 
 FSYNC_DATA = 1
 KEEP_CACHE = 1 << 1
@@ -90,8 +97,12 @@ MAX_DIRECTORY_REPLY = 1 << 16
 #: A file of this size at most is sent when it is opened, which saves the READ.
 SMALL = 1 << 15
 NAME_MAX = 255
-#: How many files in a row are opened ahead in a directory without that one was wanted.
+#: How many files in a row are opened when they are looked up, without that one was wanted.
 AHEAD_COUNT = 8
+#: How many files, and of how many bytes in all, are sent with one reply at most.
+AHEAD_WINDOW, AHEAD_BYTES = 64, 1 << 18
+#: How long the relay takes what was sent ahead for what is there; the guest's kernel for as long again.
+AHEAD_S = 0.5
 #: How long the guest may take what it was told as true: files may change here while a script runs.
 VALID_S = 1
 #: Permission bits that a guest can give to a file: not set-user-ID and set-group-ID, which would outlive it on the host.

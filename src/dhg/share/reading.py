@@ -7,13 +7,12 @@ import os
 from stat import S_IFDIR, S_ISDIR, S_ISLNK, S_ISREG
 
 from . import beneath
-from .nodes import FIRST_SHARE_ID, ROOT_ID, Handle, Node, Share, Tables, refuse
+from .ahead import Ahead, settled
+from .nodes import FIRST_SHARE_ID, NEVER, ROOT_ID, Handle, Node, Share, Tables, hidden, refuse, reopen, version_of
 from .protocol import (
     ACCESS,
     ACCESS_IN,
-    AHEAD,
-    AHEAD_COUNT,
-    AHEAD_OUT,
+    AHEAD_S,
     ATTR,
     ATTR_OUT,
     DIRENT,
@@ -21,6 +20,7 @@ from .protocol import (
     GETATTR,
     GETATTR_FH,
     GETATTR_IN,
+    INVAL_OUT,
     KEEP_CACHE,
     LOOKUP,
     LSEEK,
@@ -29,6 +29,7 @@ from .protocol import (
     MAX_DIRECTORY_REPLY,
     MAX_IO,
     NAME_MAX,
+    NOTIFY_INVAL_INODE,
     NOTIFY_STORE,
     OPEN,
     OPEN_IN,
@@ -52,8 +53,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .nodes import Version
-
     #: An int is the number of bytes that lie in the reply buffer already.
     Reply = bytes | int
     Operation = Callable[[int, memoryview], Reply]
@@ -69,6 +68,7 @@ class Reader:
         #: Room for a header and the largest READ.
         self.out = memoryview(bytearray(OUT.size + MAX_IO))
         self.send = send
+        self.ahead = Ahead(self.tables, send=send, entry=self._entry_ahead)
         self._owner, self._group = os.geteuid(), os.getegid()
         #: Devices in the order in which they were seen: the guest sees one file system, and inodes must differ in it.
         self._devices: dict[int, int] = {}
@@ -118,8 +118,12 @@ class Reader:
         )
 
     def _entry(self, node: Node, found: os.stat_result) -> bytes:
-        node.told_size = found.st_size
+        self.ahead.tell(node, found)
         return ENTRY_OUT.pack(node.id, 0, VALID_S, VALID_S, 0, 0) + self._attr(found)
+
+    def _entry_ahead(self, node: Node, found: os.stat_result) -> bytes:
+        ns = int(AHEAD_S * 1_000_000_000)
+        return ENTRY_OUT.pack(node.id, 0, 0, 0, ns, ns) + self._attr(found)
 
     def _see(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
         try:
@@ -151,21 +155,24 @@ class Reader:
         except FileNotFoundError:
             # A name that is not there may be taken as such for as long as one that is: that is node 0.
             return ENTRY_OUT.pack(0, 0, VALID_S, 0, 0, 0) + bytes(ATTR.size)
-        if parent.ahead and S_ISREG(found.st_mode):
-            parent.ahead -= 1
-            self._open_ahead(node, found)
-        return self._entry(node, found)
+        entry = self._entry(node, found)
+        if S_ISREG(found.st_mode):
+            self.ahead.looked_up(parent, name, node, found)
+        return entry
 
     def _getattr(self, node_id: int, body: memoryview) -> bytes:
         flags, number = GETATTR_IN.unpack_from(body)
         if node_id == ROOT_ID:
             return ATTR_OUT.pack(VALID_S, 0) + _root_attr()
         if flags & GETATTR_FH:
-            found = os.fstat(self.tables.handle(number, node_id).fd)
+            handle = self.tables.handle(number, node_id)
+            node, found = handle.node, os.fstat(handle.fd)
         else:
-            fd, found, ours = self._reach(self.tables.node(node_id))
+            node = self.tables.node(node_id)
+            fd, found, ours = self._reach(node)
             if ours:
                 os.close(fd)
+        self.ahead.tell(node, found)
         return ATTR_OUT.pack(VALID_S, 0) + self._attr(found)
 
     def _reach(self, node: Node) -> tuple[int, os.stat_result, bool]:
@@ -214,7 +221,7 @@ class Reader:
         if node_id == ROOT_ID:
             return OPEN_OUT.pack(0, 0)
         node = self.tables.node(node_id)
-        self.tables.room(directory=True)
+        self._room(directory=True)
         fd, found = self.tables.resolve(node)
         try:
             if not S_ISDIR(found.st_mode):
@@ -289,7 +296,9 @@ class Reader:
         writes = access != os.O_RDONLY or bool(flags & os.O_TRUNC)
         if writes:
             self.check_writable(node.share, node)
-        self.tables.room()
+            self.ahead.written(node.share)
+        self.ahead.changed(node)
+        self._room()
         fd, found, ours = self._reach(node)
         try:
             if not S_ISREG(found.st_mode):
@@ -298,55 +307,38 @@ class Reader:
         finally:
             if ours:
                 os.close(fd)
-        keep = 0
+        keep = 0 if writes else self._fill(node, real, found)
+        # One that has changed just now may change again without that its times say so.
+        node.version = version_of(found) if settled(found) else NEVER
+        reply = OPEN_OUT.pack(self.tables.open(Handle(real, node, writable=access != os.O_RDONLY)), keep)
         if not writes:
-            content = self._content(node, real, found, node.told_size)
-            if content is not None:
-                keep = KEEP_CACHE
-                if content:
-                    self.send(OUT.pack(OUT.size + len(content), NOTIFY_STORE, 0) + content)
-            if node.parent is not None:
-                node.parent.ahead = AHEAD_COUNT
-        node.version = version_of(found)
-        return OPEN_OUT.pack(self.tables.open(Handle(real, node, writable=access != os.O_RDONLY)), keep)
+            self.ahead.opened(node)
+        return reply
 
-    def _content(self, node: Node, fd: int, found: os.stat_result, told_size: int) -> bytes | None:
-        """What to put into the guest's cache of a file that is opened, nothing if it has it; None if the file is not small, or not
-        as long as the guest takes it for."""
-        if version_of(found) == node.version:
-            return b""
+    def _room(self, *, directory: bool = False) -> None:
+        """Raises `OSError` (ENFILE) if no further handle may be opened; those opened ahead give way."""
+        if len(self.tables.handles) >= self.tables.max_handles:
+            self.ahead.drop_all()
+        self.tables.room(directory=directory)
+
+    def _fill(self, node: Node, fd: int, found: os.stat_result) -> int:
+        """See to the guest's cache of a file that is being opened; the flags for the reply."""
+        version = version_of(found)
+        if node.told != version:
+            # It takes the file for what it was: it is to ask before it reads.
+            self.send(OUT.pack(OUT.size + INVAL_OUT.size, NOTIFY_INVAL_INODE, 0) + INVAL_OUT.pack(node.id, -1, 0))
+            return 0
+        if version == node.version:
+            return KEEP_CACHE
         size = found.st_size
-        if not 0 < size <= SMALL or size != told_size:
-            return None
+        if node.open or not 0 < size <= SMALL:
+            return 0
         data = os.pread(fd, size, 0)
-        return STORE_OUT.pack(node.id, 0, size) + data if len(data) == size else None
-
-    def _open_ahead(self, node: Node, found: os.stat_result) -> None:
-        """Open a file that is looked up: others beside it were opened right after that."""
-        try:
-            self.tables.room()
-            fd, now = self.tables.resolve(node)
-            try:
-                real = reopen(fd, os.O_RDONLY)
-            finally:
-                os.close(fd)
-        except OSError:
-            return  # whoever opens it will be told
-        content = self._content(node, real, now, found.st_size)
-        if content is None:
-            os.close(real)
-            return
-        handle = Handle(real, node)
-        handle.version = version_of(now)
-        body = AHEAD_OUT.pack(node.id) + OPEN_OUT.pack(self.tables.open(handle), KEEP_CACHE) + content
-        self.send(OUT.pack(OUT.size + len(body), AHEAD, 0) + body)
-
-    def used(self, number: int, node_id: int) -> None:
-        """The guest has opened what was opened ahead. Raises `OSError` (EBADF)."""
-        handle = self.tables.handle(number, node_id)
-        handle.node.version = handle.version
-        if handle.node.parent is not None:
-            handle.node.parent.ahead = AHEAD_COUNT
+        if len(data) != size or version_of(os.fstat(fd)) != version:
+            return 0
+        body = STORE_OUT.pack(node.id, 0, size) + data
+        self.send(OUT.pack(OUT.size + len(body), NOTIFY_STORE, 0) + body)
+        return KEEP_CACHE
 
     def _read(self, node_id: int, body: memoryview) -> int:
         number, offset, size = READ_IN.unpack_from(body)
@@ -360,24 +352,9 @@ class Reader:
         return LSEEK_OUT.pack(os.lseek(self.tables.handle(number, node_id).fd, offset, whence))
 
 
-def version_of(found: os.stat_result) -> Version:
-    """By what a file that has changed is told from one that has not."""
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size
-
-
 def _times(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_atime_ns, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _root_attr() -> bytes:
     return ATTR.pack(ROOT_ID, 0, 0, 0, 0, 0, 0, 0, 0, S_IFDIR | 0o555, 2, 0, 0, 0, 4096, 0)
-
-
-def hidden(parent: Node, name: bytes, *, directory: bool) -> bool:
-    patterns = parent.share.patterns
-    return patterns is not None and patterns.hide(parent.below(name), directory=directory)
-
-
-def reopen(fd: int, flags: int) -> int:
-    """Open what an O_PATH descriptor stands for: the very file that was looked at, whatever its name now leads to."""
-    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)

@@ -25,6 +25,7 @@ from .protocol import (
     RELEASE,
     RELEASE_IN,
     RELEASEDIR,
+    SEEN,
     USED,
     USED_IN,
 )
@@ -120,7 +121,9 @@ class Server:
             elif opcode in (RELEASE, RELEASEDIR) and node != ROOT_ID:
                 self.tables.close(RELEASE_IN.unpack_from(body)[0], node)
             elif opcode == USED:
-                self.files.used(USED_IN.unpack_from(body)[0], node)
+                self.files.ahead.used(USED_IN.unpack_from(body)[0], node)
+            elif opcode == SEEN:
+                self.files.ahead.seen(node)
             elif opcode == BATCH_FORGET:
                 count = BATCH_IN.unpack_from(body)[0]
                 data = body[BATCH_IN.size : BATCH_IN.size + count * FORGET_ONE.size]

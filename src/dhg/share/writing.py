@@ -8,7 +8,7 @@ import time
 from stat import S_IFREG, S_ISDIR, S_ISLNK, S_ISREG
 
 from . import beneath
-from .nodes import ROOT_ID, Handle, Node, refuse
+from .nodes import ROOT_ID, Handle, Node, hidden, refuse, reopen
 from .protocol import (
     ATTR_OUT,
     CREATE,
@@ -52,7 +52,7 @@ from .protocol import (
     name_of,
     text_of,
 )
-from .reading import Reader, hidden, reopen
+from .reading import Reader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class Writer(Reader):
         self.check_writable(parent.share, noise=b"__pycache__" in (name, parent.name))
         if hidden(parent, name, directory=directory) or (parent.parent is None and name == b".dhgignore"):
             raise refuse(errno.EACCES)
+        self.ahead.renamed(parent, name)
+        self.ahead.written(parent.share)
         fd, found = self.tables.resolve(parent)
         if not S_ISDIR(found.st_mode):
             os.close(fd)
@@ -99,7 +101,7 @@ class Writer(Reader):
     def _create(self, node_id: int, body: memoryview) -> bytes:
         flags, mode = CREATE_IN.unpack_from(body)
         name = name_of(body[CREATE_IN.size :])
-        self.tables.room()
+        self._room()
         parent, place = self._place(node_id, name)
         access = flags & os.O_ACCMODE
         try:
@@ -132,6 +134,8 @@ class Writer(Reader):
         handle = self.tables.handle(number, node_id)
         if not handle.writable or size != len(data):
             raise refuse(errno.EINVAL if handle.writable else errno.EBADF)
+        self.ahead.changed(handle.node)
+        self.ahead.written(handle.node.share)
         return WRITE_OUT.pack(os.pwrite(handle.fd, data, offset))
 
     def _fsync(self, node_id: int, body: memoryview) -> bytes:
@@ -147,6 +151,8 @@ class Writer(Reader):
             raise refuse(errno.EPERM)
         node = self.tables.node(node_id)
         self.check_writable(node.share, node)
+        self.ahead.changed(node)
+        self.ahead.written(node.share)
         handle = self.tables.handle(number, node_id) if valid & SET_FH else None
         fd, found, ours = (handle.fd, os.fstat(handle.fd), False) if handle else self._reach(node)
         try:
@@ -170,6 +176,7 @@ class Writer(Reader):
         finally:
             if ours:
                 os.close(fd)
+        self.ahead.tell(node, found)
         return ATTR_OUT.pack(VALID_S, 0) + self._attr(found)
 
     def _set_times(self, node: Node, fd: int, found: os.stat_result, times: tuple[int, int]) -> None:
@@ -226,6 +233,7 @@ class Writer(Reader):
             if parent.share is not node.share:
                 raise refuse(errno.EXDEV)
             self.check_writable(node.share, node)
+            self.ahead.changed(node)
             fd, found = self.tables.resolve(node)
             try:
                 if not S_ISREG(found.st_mode) and not S_ISLNK(found.st_mode):
