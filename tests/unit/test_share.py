@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import socket
 import stat
 import threading
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dhg.share import nodes, protocol
+from dhg.share import ahead, nodes, protocol
 from dhg.share.ignore import Patterns
 from dhg.share.nodes import FIRST_SHARE_ID, Share
 from dhg.share.server import Broken, Server
@@ -48,8 +49,11 @@ class Guest:
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
         self.unique = 0
+        #: Messages of the server's own by their codes, without headers.
         self.stored: list[bytes] = []
         self.ahead: list[bytes] = []
+        self.dropped: list[bytes] = []
+        self.stale: list[bytes] = []
 
     def _serve(self) -> None:
         try:
@@ -89,7 +93,12 @@ class Guest:
                 assert not (error and reply)
                 return -error, reply
             assert number == 0
-            {protocol.NOTIFY_STORE: self.stored, protocol.AHEAD: self.ahead}[error].append(reply)
+            {
+                protocol.NOTIFY_STORE: self.stored,
+                protocol.NOTIFY_INVAL_INODE: self.stale,
+                protocol.AHEAD: self.ahead,
+                protocol.DROP: self.dropped,
+            }[error].append(reply)
 
     def good(self, opcode: int, node: int, body: bytes = b"") -> bytes:
         error, reply = self.ask(opcode, node, body)
@@ -147,7 +156,7 @@ def folders(tmp_path: Path) -> list[Path]:
     return found
 
 
-Start = Callable[[], Guest]
+Start = Callable[..., Guest]
 
 
 @pytest.fixture
@@ -155,8 +164,8 @@ def start(folders: list[Path]) -> Iterator[Start]:
     guests: list[Guest] = []
     mask = os.umask(0)
 
-    def make() -> Guest:
-        guests.append(Guest([(folders[0], False), (folders[1], True)]))
+    def make(max_handles: int = 64) -> Guest:
+        guests.append(Guest([(folders[0], False), (folders[1], True)], max_handles=max_handles))
         return guests[-1]
 
     yield make
@@ -188,59 +197,417 @@ def test_what_is_there_can_be_read(start: Start, folders: list[Path]) -> None:
     assert guest.lookup(1, "0") == READ_ONLY
 
 
+class Sent:
+    """A message AHEAD, taken apart."""
+
+    def __init__(self, message: bytes) -> None:
+        size = protocol.AHEAD_OUT.unpack_from(message)[0]
+        at = protocol.AHEAD_OUT.size
+        node, _, *valid = protocol.ENTRY_OUT.unpack_from(message, at)
+        assert valid == [0, 0, int(protocol.AHEAD_S * 1e9), int(protocol.AHEAD_S * 1e9)]
+        self.node = node
+        self.size = protocol.ATTR.unpack_from(message, at + protocol.ENTRY_OUT.size)[1]
+        self.handle, self.flags = protocol.OPEN_OUT.unpack_from(message, at + ENTRY_SIZE)
+        at += ENTRY_SIZE + protocol.OPEN_OUT.size
+        self.parent = int.from_bytes(message[at : at + 8], "little")
+        self.name = message[at + 8 : at + size - 1].decode()
+        assert message[at + size - 1] == 0
+        self.content = b""
+        if len(message) > at + size:
+            length, code, unique = protocol.OUT.unpack_from(message, at + size)
+            assert (length, code, unique) == (len(message) - at - size, protocol.NOTIFY_STORE, 0)
+            store = message[at + size + protocol.OUT.size :]
+            assert protocol.STORE_OUT.unpack_from(store) == (node, 0, self.size)
+            self.content = store[protocol.STORE_OUT.size :]
+            assert len(self.content) == self.size
+
+
+def sent(guest: Guest) -> list[Sent]:
+    """What was sent ahead since this was asked last."""
+    found = [Sent(message) for message in guest.ahead]
+    guest.ahead.clear()
+    return found
+
+
+def use(guest: Guest, file: Sent) -> None:
+    """What the relay says when it has answered a LOOKUP and an OPEN."""
+    guest.send(protocol.SEEN, file.node)
+    guest.send(protocol.USED, file.node, protocol.USED_IN.pack(file.handle))
+
+
+def write_old(path: Path, text: str) -> None:
+    """A file that was not changed just now, so that its times say it when it is."""
+    path.write_text(text)
+    path.touch()
+    aged.append(path)
+
+
+#: Files to be older than what the kernel's clock can tell apart before a test goes on.
+aged: list[Path] = []
+
+
+def age() -> None:
+    while aged:
+        found = aged.pop().stat()
+        while time.time_ns() - found.st_ctime_ns < 2 * ahead.TICK_NS:
+            time.sleep(0.005)
+
+
 def test_a_small_file_comes_with_its_open_and_the_cache_stays_good_until_it_changes(
     start: Start, folders: list[Path]
 ) -> None:
-    (folders[0] / "a").write_text("small")
+    write_old(folders[0] / "a", "small")
     (folders[0] / "big").write_bytes(bytes(protocol.SMALL + 1))
+    age()
     guest = start()
     node = guest.lookup(READ_ONLY, "a")
 
     def flags() -> int:
-        return protocol.OPEN_OUT.unpack(guest.good(protocol.OPEN, node, protocol.OPEN_IN.pack(0)))[1]  # type: ignore[no-any-return]
+        handle, found = protocol.OPEN_OUT.unpack(guest.good(protocol.OPEN, node, protocol.OPEN_IN.pack(0)))
+        guest.send(protocol.RELEASE, node, protocol.RELEASE_IN.pack(handle))
+        return found  # type: ignore[no-any-return]
 
     assert flags() == protocol.KEEP_CACHE
     assert guest.stored == [protocol.STORE_OUT.pack(node, 0, 5) + b"small"]
     assert flags() == protocol.KEEP_CACHE
     assert len(guest.stored) == 1
-    (folders[0] / "a").write_text("other")
-    assert flags() == protocol.KEEP_CACHE
-    assert guest.stored[1:] == [protocol.STORE_OUT.pack(node, 0, 5) + b"other"]
-    # The guest takes it for five bytes long still: it has to ask again.
-    (folders[0] / "a").write_text("longer now")
-    assert flags() == 0
+    assert guest.stale == []
+    for text in ("other", "longer now"):
+        write_old(folders[0] / "a", text)
+        age()
+        # It takes the file for what it was: it has to ask again before it reads.
+        assert flags() == 0
+        assert guest.stale.pop() == protocol.INVAL_OUT.pack(node, -1, 0)
+        guest.good(protocol.GETATTR, node, protocol.GETATTR_IN.pack(0, 0))
+        assert flags() == protocol.KEEP_CACHE
+    # Pages of a file that is open may be locked: then nothing is stored.
+    write_old(folders[0] / "b", "b")
+    b = guest.lookup(READ_ONLY, "b")
+    first = guest.open(b)
+    stored = len(guest.stored)
+    write_old(folders[0] / "b", "c")
+    guest.good(protocol.GETATTR, b, protocol.GETATTR_IN.pack(0, 0))
+    guest.open(b)
+    guest.send(protocol.RELEASE, b, protocol.RELEASE_IN.pack(first))
     guest.open(guest.lookup(READ_ONLY, "big"))
-    assert len(guest.stored) == 2
+    assert len(guest.stored) == stored
 
 
-def test_files_of_a_directory_that_is_read_are_opened_ahead(start: Start, folders: list[Path]) -> None:
-    for i in range(20):
-        (folders[0] / f"f{i}").write_text(f"file {i}")
+def test_a_file_that_is_looked_up_where_files_are_read_is_opened_at_once(start: Start, folders: list[Path]) -> None:
+    for i in range(0, 100, 5):
+        write_old(folders[0] / f"f{i}{i * i}", f"file {i:02}")
+    names = [path.name for path in aged]
+    age()
+    random.Random(4).shuffle(names)
     guest = start()
-    nodes_ = [guest.lookup(READ_ONLY, f"f{i}") for i in range(3)]
-    assert guest.ahead == []
+    nodes_ = [guest.lookup(READ_ONLY, names[i]) for i in range(2)]
+    assert sent(guest) == []
     guest.open(nodes_[0])
-    third = guest.lookup(READ_ONLY, "f3")
-    node, handle, flags = Struct("<QQI").unpack_from(guest.ahead[0])
-    assert (node, flags) == (third, protocol.KEEP_CACHE)
-    assert guest.ahead[0][24:] == protocol.STORE_OUT.pack(third, 0, 6) + b"file 3"
+    third = guest.lookup(READ_ONLY, names[9])
+    (file,) = [file for file in sent(guest) if file.name == names[9]]
+    assert (file.node, file.flags, file.parent) == (third, protocol.KEEP_CACHE, READ_ONLY)
+    assert file.content == (folders[0] / names[9]).read_bytes()
     # Taken, and closed: the guest has its content now.
-    guest.send(protocol.USED, third, protocol.USED_IN.pack(handle))
-    assert guest.read(third, handle) == b"file 3"
-    guest.send(protocol.RELEASE, third, protocol.RELEASE_IN.pack(handle))
-    guest.lookup(READ_ONLY, "f3")
-    assert len(guest.ahead[1]) == 24
-    # Not taken: it is not assumed to have it, and after some of them it ends.
-    guest.lookup(READ_ONLY, "f4")
-    guest.lookup(READ_ONLY, "f4")
-    assert guest.ahead[2][24:] == guest.ahead[3][24:] != b""
-    for i in range(20):
-        guest.lookup(READ_ONLY, f"f{i}")
-    assert len(guest.ahead) == 1 + protocol.AHEAD_COUNT
-    (folders[0] / "f5").write_text("longer than before")
-    node = guest.lookup(READ_ONLY, "f5")
-    guest.open(node)
-    assert guest.stored[-1].endswith(b"longer than before")
+    guest.send(protocol.USED, third, protocol.USED_IN.pack(file.handle))
+    assert guest.read(third, file.handle) == file.content
+    guest.send(protocol.RELEASE, third, protocol.RELEASE_IN.pack(file.handle))
+    guest.lookup(READ_ONLY, names[9])
+    (file,) = [file for file in sent(guest) if file.name == names[9]]
+    assert file.handle and not file.content
+    guest.send(protocol.USED, third, protocol.USED_IN.pack(file.handle))
+
+
+def numbered(folder: Path, count: int, text: str = "file {}", name: str = "f{}.txt") -> list[str]:
+    names = [name.format(i) for i in range(count)]
+    for i, each in enumerate(names):
+        write_old(folder / each, text.format(i))
+    age()
+    return names
+
+
+def read_all(guest: Guest, folder: int, names: list[str], *, look: bool = True) -> tuple[list[int], dict[str, bytes]]:
+    """Read files as a guest with a relay would; the requests that reached the server at each, and the contents."""
+    kept: dict[str, Sent] = {}
+    requests, contents = [], {}
+    for name in names:
+        count = 0
+        file = kept.get(name)
+        if look and file is None:
+            node = guest.lookup(folder, name)
+            count += 1
+        elif file is not None:
+            node = file.node
+            guest.send(protocol.SEEN, node)
+        else:
+            node = guest.lookup(folder, name)
+        kept.update({each.name: each for each in sent(guest)})
+        file = kept.pop(name, None)
+        if file is not None and file.handle:
+            guest.send(protocol.USED, node, protocol.USED_IN.pack(file.handle))
+            handle = file.handle
+        else:
+            handle = guest.open(node)
+            count += 1
+            kept.update({each.name: each for each in sent(guest)})
+        contents[name] = guest.read(node, handle)
+        guest.send(protocol.RELEASE, node, protocol.RELEASE_IN.pack(handle))
+        requests.append(count)
+    return requests, contents
+
+
+@pytest.mark.parametrize("order", ["by number", "sorted", "listed", "every other"])
+def test_the_next_files_are_sent_along(start: Start, folders: list[Path], order: str) -> None:
+    names = numbered(folders[0], 600)
+    guest = start(max_handles=512)
+    if order == "sorted":
+        names.sort()
+    elif order == "listed":
+        names = guest.names(READ_ONLY)
+    elif order == "every other":
+        names = names[::2]
+    requests, contents = read_all(guest, READ_ONLY, names)
+    assert contents == {name: (folders[0] / name).read_bytes() for name in names}
+    assert sum(requests) < len(names) / 8
+    # Nothing of it stays open, and nothing stays known that the guest does not know.
+    guest.good(protocol.GETATTR, READ_ONLY, protocol.GETATTR_IN.pack(0, 0))
+    assert len(guest.server.tables.handles) <= protocol.AHEAD_WINDOW
+
+
+def test_files_that_are_read_in_no_order_are_not_sent_along(start: Start, folders: list[Path]) -> None:
+    names = numbered(folders[0], 400)
+    random.Random(1).shuffle(names)
+    guest = start()
+    requests, contents = read_all(guest, READ_ONLY, names)
+    assert len(contents) == 400
+    assert sum(requests) <= 401
+    bytes_sent = guest.server.files.ahead._size
+    assert bytes_sent < 20_000
+
+
+def test_names_that_are_looked_up_in_order_are_sent_along_without_being_opened(
+    start: Start, folders: list[Path]
+) -> None:
+    names = numbered(folders[0], 300)
+    guest = start()
+    known: dict[str, Sent] = {}
+    asked = 0
+    for name in names:
+        file = known.pop(name, None)
+        if file is None:
+            asked += 1
+            guest.lookup(READ_ONLY, name)
+            known.update({each.name: each for each in sent(guest)})
+        else:
+            assert (file.handle, file.content, file.size) == (0, b"", (folders[0] / name).stat().st_size)
+            guest.send(protocol.SEEN, file.node)
+    assert asked < 30
+    assert guest.server.tables.handles == {}
+    # Each was told once, sent ahead or not.
+    for number in list(guest.server.tables.nodes):
+        guest.send(protocol.FORGET, number, protocol.FORGET_IN.pack(1))
+    guest.good(protocol.GETATTR, READ_ONLY, protocol.GETATTR_IN.pack(0, 0))
+    assert len(guest.server.tables.nodes) == 2
+
+
+def test_what_is_not_sent_along(start: Start, folders: list[Path], tmp_path: Path) -> None:
+    folder = folders[0]
+    (folder / ".dhgignore").write_text("secret*\n/f05\n")
+    numbered(folder, 3, name="f0{}")
+    (folder / "f03").mkdir()
+    os.symlink(tmp_path / "secret", folder / "f04")
+    (folder / "f05").write_text("hidden")
+    os.mkfifo(folder / "f06")
+    (folder / "f07").write_text("linked")
+    os.link(folder / "f07", tmp_path / "link")
+    (folder / "secret1").write_text("hidden")
+    write_old(folder / "f08", "x" * (protocol.SMALL + 1))
+    write_old(folder / "f09", "last")
+    age()
+    # One that is being written is not what it will be when it is read.
+    guest = start()
+    (folder / "f08b").write_text("just now")
+    guest.open(guest.lookup(READ_ONLY, "f00"))
+    guest.lookup(READ_ONLY, "f01")
+    assert "f02" in [file.name for file in sent(guest)]
+    guest.open(guest.lookup(READ_ONLY, "f02"))
+    found = {file.name: file for file in sent(guest)}
+    guest.open(guest.lookup(READ_ONLY, "f08"))
+    found |= {file.name: file for file in sent(guest)}
+    assert not {"f03", "f04", "f05", "f06", "f07", "f08b", "secret1"} & set(found)
+    assert found["f09"].content == b"last"
+    # A large file's name only.
+    assert "f08" not in found or (found["f08"].handle, found["f08"].content) == (0, b"")
+
+
+def test_what_is_sent_along_is_bounded(start: Start, folders: list[Path]) -> None:
+    names = numbered(folders[0], 300, "x" * 30_000 + "{}")
+    guest = start(max_handles=512)
+    known: set[str] = set()
+    requests = 0
+    for name in names:
+        if name in known:
+            continue
+        requests += 1
+        guest.open(guest.lookup(READ_ONLY, name))
+        new = sent(guest)
+        assert 0 < sum(len(file.content) for file in new) <= protocol.AHEAD_BYTES or requests < 3
+        assert guest.server.files.ahead._size <= protocol.AHEAD_BYTES
+        for file in new:
+            use(guest, file)
+            if file.handle:
+                guest.send(protocol.RELEASE, file.node, protocol.RELEASE_IN.pack(file.handle))
+                known.add(file.name)
+    assert requests < 100
+    numbered(folders[1], 1000)
+    read_all(guest, WRITABLE, [f"f{i}.txt" for i in range(600)])
+    for _ in range(3):
+        guest.lookup(WRITABLE, "f600.txt")
+        guest.lookup(WRITABLE, "f601.txt")
+        assert len(sent(guest)) <= protocol.AHEAD_WINDOW + 1
+        assert len(guest.server.files.ahead._records) <= ahead.MAX_RECORDS
+
+
+def follow(guest: Guest, folder: int) -> dict[str, Sent]:
+    """Begin to read f0.txt and so on; what is sent ahead."""
+    guest.open(guest.lookup(folder, "f0.txt"))
+    guest.open(guest.lookup(folder, "f1.txt"))
+    guest.lookup(folder, "f2.txt")
+    return {file.name: file for file in sent(guest)}
+
+
+def gone(guest: Guest, file: Sent) -> bool:
+    """Whether what was sent ahead of a file has been taken back before the last reply."""
+    ids = b"".join(guest.dropped)
+    guest.dropped.clear()
+    return file.node in [number for (number,) in Struct("<Q").iter_unpack(ids)]
+
+
+CHANGES: dict[str, tuple[int, int, Callable[[Sent], bytes]]] = {
+    "create": (protocol.CREATE, WRITABLE, lambda _: create(b"f4.txt", os.O_RDWR)),
+    "unlink": (protocol.UNLINK, WRITABLE, lambda _: b"f4.txt\0"),
+    "rename": (protocol.RENAME, WRITABLE, lambda _: protocol.RENAME_IN.pack(WRITABLE) + b"f4.txt\0x\0"),
+    "rename over": (protocol.RENAME, WRITABLE, lambda _: protocol.RENAME_IN.pack(WRITABLE) + b"f0.txt\0f4.txt\0"),
+    "open": (protocol.OPEN, 0, lambda _: protocol.OPEN_IN.pack(os.O_RDWR)),
+    "open to read": (protocol.OPEN, 0, lambda _: protocol.OPEN_IN.pack(0)),
+    "truncate": (
+        protocol.SETATTR,
+        0,
+        lambda _: protocol.SETATTR_IN.pack(protocol.SET_SIZE, 0, 1, 0, 0, 0, 0, 0, 0, 0),
+    ),
+    "link": (protocol.LINK, WRITABLE, lambda file: protocol.LINK_IN.pack(file.node) + b"link\0"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_the_guest_changes_is_taken_back_first(start: Start, folders: list[Path], change: str) -> None:
+    numbered(folders[1], 20)
+    guest = start()
+    file = follow(guest, WRITABLE)["f4.txt"]
+    opcode, node, body = CHANGES[change]
+    guest.ask(opcode, node or file.node, body(file))
+    assert gone(guest, file)
+    assert file.handle not in guest.server.tables.handles
+    # Of what it has read it is told nothing old either.
+    guest.send(protocol.USED, file.node, protocol.USED_IN.pack(file.handle))
+    assert guest.bad(protocol.READ, file.node, protocol.READ_IN.pack(file.handle, 0, 10)) in ("EBADF", "ESTALE")
+
+
+def test_a_file_that_the_guest_has_open_is_not_sent_along(start: Start, folders: list[Path]) -> None:
+    numbered(folders[1], 20)
+    guest = start()
+    node = guest.lookup(WRITABLE, "f4.txt")
+    guest.open(node, os.O_RDWR)
+    assert "f4.txt" not in follow(guest, WRITABLE)
+
+
+def test_what_is_written_through_one_share_is_taken_back_from_another(tmp_path: Path) -> None:
+    numbered(tmp_path, 20)
+    guest = Guest([(tmp_path, False), (tmp_path, True)])
+    try:
+        file = follow(guest, READ_ONLY)["f4.txt"]
+        node = guest.lookup(WRITABLE, "f4.txt")
+        handle = guest.open(node, os.O_WRONLY)
+        assert gone(guest, file)
+        guest.open(guest.lookup(READ_ONLY, "f5.txt"))
+        guest.lookup(READ_ONLY, "f6.txt")
+        guest.good(protocol.WRITE, node, protocol.WRITE_IN.pack(handle, 0, 1) + b"x")
+        assert guest.server.files.ahead._records == {}
+    finally:
+        guest.close()
+
+
+@pytest.mark.parametrize("how", ["lookup", "getattr", "listing"])
+def test_what_changes_here_is_taken_back_before_it_is_told(start: Start, folders: list[Path], how: str) -> None:
+    """Content of one version must never meet attributes of another."""
+    numbered(folders[0], 20)
+    guest = start()
+    file = follow(guest, READ_ONLY)["f4.txt"]
+    (folders[0] / "f4.txt").write_text("changed meanwhile")
+    if how == "lookup":
+        guest.lookup(READ_ONLY, "f4.txt")
+    elif how == "getattr":
+        guest.good(protocol.GETATTR, file.node, protocol.GETATTR_IN.pack(0, 0))
+    else:
+        guest.names(READ_ONLY, plus=True)
+    assert gone(guest, file)
+    # Nor is it sent again while it may still be changing under the same times, or the guest takes it for something else.
+    assert "f4.txt" not in [each.name for each in sent(guest)]
+
+
+def test_a_file_the_guest_takes_for_what_it_was_is_not_sent_along(start: Start, folders: list[Path]) -> None:
+    numbered(folders[0], 20)
+    guest = start()
+    guest.lookup(READ_ONLY, "f4.txt")
+    write_old(folders[0] / "f4.txt", "changed meanwhile")
+    age()
+    found = follow(guest, READ_ONLY)
+    assert "f3.txt" in found and "f4.txt" not in found
+
+
+def test_what_was_sent_along_and_is_too_old_is_taken_back(
+    start: Start, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered(folders[0], 20)
+    guest = start()
+    file = follow(guest, READ_ONLY)["f4.txt"]
+    assert file.handle in guest.server.tables.handles
+    monkeypatch.setattr(ahead, "AHEAD_S", -1.0)
+    guest.lookup(READ_ONLY, "f4.txt")
+    assert gone(guest, file)
+    assert file.handle not in guest.server.tables.handles
+
+
+def test_handles_that_were_opened_ahead_give_way(start: Start, folders: list[Path]) -> None:
+    numbered(folders[0], 100)
+    guest = start()
+    node = guest.lookup(READ_ONLY, "f99.txt")
+    follow(guest, READ_ONLY)
+    held = len(guest.server.files.ahead._records)
+    assert held
+    used = len(guest.server.tables.handles)
+    assert [guest.ask(protocol.OPEN, node, protocol.OPEN_IN.pack(0))[0] for _ in range(64 - used + held)] == [0] * (
+        64 - used + held
+    )
+    assert guest.bad(protocol.OPEN, node, protocol.OPEN_IN.pack(0)) == "ENFILE"
+
+
+def test_a_relay_that_lies_hurts_only_its_guest(start: Start, folders: list[Path]) -> None:
+    numbered(folders[0], 30)
+    guest = start()
+    found = follow(guest, READ_ONLY)
+    file, other = found["f3.txt"], found["f4.txt"]
+    guest.send(protocol.RELEASE, file.node, protocol.RELEASE_IN.pack(file.handle))
+    guest.send(protocol.USED, file.node, protocol.USED_IN.pack(other.handle))
+    for _ in range(3):
+        guest.send(protocol.SEEN, file.node)
+        guest.send(protocol.USED, file.node, protocol.USED_IN.pack(file.handle))
+        guest.send(protocol.FORGET, other.node, protocol.FORGET_IN.pack(2**64 - 1))
+        guest.send(protocol.SEEN, 2**64 - 1)
+    guest.open(guest.lookup(READ_ONLY, "f5.txt"))
+    assert guest.read(guest.lookup(READ_ONLY, "f9.txt"), guest.open(guest.lookup(READ_ONLY, "f9.txt"))) == b"file 9"
+    guest.server.files.ahead.drop_all()
+    sent(guest)
+    assert read_all(guest, READ_ONLY, [f"f{i}.txt" for i in range(30)])[1]["f4.txt"] == b"file 4"
 
 
 def test_a_directory_of_many_entries_is_listed_whole_and_once(start: Start, folders: list[Path]) -> None:
@@ -621,6 +988,25 @@ def test_tables_are_bounded(start: Start, folders: list[Path], monkeypatch: pyte
     assert len(guest.server.tables.nodes) == 3
 
 
+def test_a_number_that_is_given_out_again_is_another_file(start: Start, folders: list[Path]) -> None:
+    (folders[0] / "a").write_text("a")
+    guest = start()
+    a = guest.lookup(READ_ONLY, "a")
+    # To the server as if "a" had been removed, and "b" had got its inode.
+    os.rename(folders[0] / "a", folders[0] / "b")
+    b = guest.lookup(READ_ONLY, "b")
+    assert b != a
+    (folders[0] / "a").write_text("another")
+    assert guest.bad(protocol.OPEN, a, protocol.OPEN_IN.pack(0)) == "ESTALE"
+    assert guest.read(b, guest.open(b)) == b"a"
+    for node in (a, b):
+        guest.send(protocol.FORGET, node, protocol.FORGET_IN.pack(1))
+    assert guest.lookup(READ_ONLY, "b") not in (a, b)
+    # With several links it is known by all of its names.
+    os.link(folders[0] / "b", folders[0] / "c")
+    assert guest.lookup(READ_ONLY, "b") == guest.lookup(READ_ONLY, "c")
+
+
 def test_nodes_in_a_circle_end(start: Start, folders: list[Path]) -> None:
     (folders[1] / "a" / "b").mkdir(parents=True)
     guest = start()
@@ -640,7 +1026,7 @@ def test_nodes_in_a_circle_end(start: Start, folders: list[Path]) -> None:
     assert guest.lookup(WRITABLE, "a") == a
 
 
-OPCODES = st.one_of(st.sampled_from([*range(1, 52), protocol.USED]), st.integers(0, 2**32 - 1))
+OPCODES = st.one_of(st.sampled_from([*range(1, 52), protocol.SEEN, protocol.USED]), st.integers(0, 2**32 - 1))
 NODES = st.one_of(st.integers(0, 4), st.integers(nodes.FIRST_ID, nodes.FIRST_ID + 6), st.integers(0, 2**64 - 1))
 NAMES = st.sampled_from([b"a", b"b", b"d", b"f", b"..", b"", b"d/f", b"l", b"new", b"x" * 300])
 WORDS = st.one_of(st.integers(0, 8), st.integers(0, 2**64 - 1), st.sampled_from([2**63, 2**32 - 1, os.O_RDWR]))

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .nodes import Version
 
 #: Of a directory with more entries, only the first ones are sent ahead.
-MAX_LISTED = 1 << 14
+MAX_LISTED = 1 << 13
 #: A listing is made anew for a name that is not in it, but not more often than this.
 LISTING_S = 1.0
 #: Directories (and kinds of files in them) about which it is remembered how they are read.
@@ -72,18 +72,32 @@ class Record:
 class Stream:
     """How the files of one directory that end alike are being asked for."""
 
-    __slots__ = ("last", "listed", "opened", "order", "orders", "run", "sent", "touched", "wasted", "window")
+    __slots__ = (
+        "gap",
+        "last",
+        "listed",
+        "opened",
+        "order",
+        "orders",
+        "runs",
+        "sent",
+        "step",
+        "touched",
+        "wasted",
+        "window",
+    )
 
     def __init__(self) -> None:
         #: The name that was asked for last.
         self.last = b""
         #: Whether files are opened, and not only looked up.
         self.opened = False
-        #: How often in a row the name was one that comes soon after the one before.
-        self.run = 0
-        #: Orders in which names may come, each with the position of each name; the one in which they do.
+        #: Orders in which names may come, each with the position of each name; for how long they have come in it; the likeliest.
         self.orders: list[tuple[list[bytes], dict[bytes, int]]] = []
+        self.runs = [0, 0, 0]
         self.order = 0
+        #: The distance of the last two names in it; that of the next ones.
+        self.gap = self.step = 1
         self.listed = 0.0
         #: How many to send next; of those that were sent last, how many were wanted.
         self.window, self.sent, self.touched = 0, 0, 0
@@ -98,14 +112,19 @@ class Stream:
         self.orders = [(order, {name: at for at, name in enumerate(order)}) for order in orders]
 
     def follows(self, last: bytes, name: bytes) -> bool:
-        """Whether `name` comes soon after `last` in one of the orders."""
-        for number in (self.order, 0, 1, 2):
-            at = self.orders[number][1]
+        """Whether names come one after the other, `name` having come after `last`."""
+        gaps = []
+        for number, (_, at) in enumerate(self.orders):
             here, there = at.get(last), at.get(name)
-            if here is not None and there is not None and 0 < there - here <= GAP:
-                self.order = number
-                return True
-        return False
+            gap = there - here if here is not None and there is not None else 0
+            self.runs[number] = self.runs[number] + 1 if 0 < gap <= GAP else 0
+            gaps.append(gap)
+        self.order = max(range(len(gaps)), key=lambda number: (self.runs[number], -gaps[number]))
+        # What is only looked up may be looked up for anything; and names are near each other by chance, too.
+        run, gap = self.runs[self.order], gaps[self.order]
+        self.step = gap if gap == self.gap else 1
+        self.gap = max(gap, 1)
+        return run > 1 + (not self.opened) or (run == 1 and gap == 1 and self.opened)
 
     def after(self, name: bytes) -> list[bytes]:
         """The names that come next, as many as are to be sent: twice as many as last time if those were wanted."""
@@ -117,8 +136,8 @@ class Stream:
             self.window = max(self.window // 2, 1)
         self.sent = self.touched = 0
         order, positions = self.orders[self.order]
-        at = positions[name] + 1
-        return order[at : at + self.window]
+        at = positions[name] + self.step
+        return order[at : at + self.window * self.step : self.step]
 
 
 class Ahead:
@@ -254,9 +273,7 @@ class Ahead:
             return
         if not stream.orders or (name not in stream.orders[0][1] and now - stream.listed > LISTING_S):
             stream.set_names(self._list(parent, name))
-        stream.run = stream.run + 1 if stream.follows(last, name) else 0
-        # Files that are only looked up may be looked up for anything.
-        if stream.run < (1 if stream.opened else 3):
+        if not stream.follows(last, name):
             return
         self.drop(*[record for record in self._records.values() if now - record.since > AHEAD_S])
         for following in stream.after(name):
@@ -302,7 +319,7 @@ class Ahead:
             # With several links it could be changed by another name.
             if not S_ISREG(found.st_mode) or found.st_nlink != 1 or not settled(found):
                 return False
-            node = tables.find(parent, found)
+            node = tables.find(parent, name, found)
             if node is not None and (
                 # One that is open may have pages that are being read, for which NOTIFY_STORE would wait.
                 node.open
@@ -319,6 +336,8 @@ class Ahead:
             os.close(fd)
         if real < 0 and told is not None:
             return False
+        # Another file had the name.
+        self.drop(self._places.get((parent.id, name)))
         if told is None:
             node = tables.see(parent, name, found)
         assert node is not None

@@ -162,7 +162,7 @@ class Tables:
     def see(self, parent: Node, name: bytes, found: os.stat_result) -> Node:
         """The node of a file that is called `name` in `parent`; the guest is told of it. Raises `OSError` (ENFILE)."""
         key = identity(parent.share, found)
-        node = self._known.get(key)
+        node = self.find(parent, name, found)
         if node is None:
             if len(self.nodes) >= MAX_NODES:
                 raise refuse(errno.ENFILE)
@@ -174,9 +174,16 @@ class Tables:
         self.call(node, parent, name, keep=found.st_nlink > 1 and not node.is_directory)
         return node
 
-    def find(self, parent: Node, found: os.stat_result) -> Node | None:
-        """The node of a file in `parent`, if the guest knows it."""
-        return self._known.get(identity(parent.share, found))
+    def find(self, parent: Node, name: bytes, found: os.stat_result) -> Node | None:
+        """The node of a file that is called `name` in `parent`, if the guest knows it.
+
+        A file with one link that has another name than it had is taken for another file, because it may be: numbers of inodes are
+        given out again, at once where files are replaced by renaming. Under its old name the guest looks it up again.
+        """
+        node = self._known.get(identity(parent.share, found))
+        if node is None or node.is_directory or found.st_nlink > 1 or (parent, name) in places(node):
+            return node
+        return None
 
     def call(self, node: Node, parent: Node, name: bytes, *, keep: bool = False) -> None:
         """Note a name of a node; with `keep`, beside those it has."""
@@ -211,7 +218,8 @@ class Tables:
             if node.lookups or node.children or node.id < FIRST_ID or node.id not in self.nodes:
                 continue
             del self.nodes[node.id]
-            del self._known[node.identity]
+            if self._known.get(node.identity) is node:
+                del self._known[node.identity]
             for parent, _ in places(node):
                 parent.children -= 1
                 todo.append(parent)

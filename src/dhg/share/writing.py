@@ -306,7 +306,7 @@ class Writer(Reader):
             if patterns.by_path:
                 # Under another name, what is hidden by its path would not be. Programs copy when they are told this.
                 raise refuse(errno.EXDEV)
-        return self.tables.find(parent, found)
+        return self.tables.find(parent, name, found)
 
 
 def _truncate(fd: int, found: os.stat_result, size: int, handle: Handle | None) -> None:
