@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import DHG, Completed, Dhg
+from tests.counting import Counts
 from tests.posix import POSIX
 
 from dhg import machine, proc
@@ -456,6 +457,94 @@ def test_a_script_that_touches_no_file_starts_no_server(tmp_path: Path, monkeypa
         assert started == [], code
     assert run_in(tmp_path, "import os; print(os.listdir())")[1] == "[]\n"
     assert len(started) == 1
+
+
+SMALL = {
+    "by name": """
+for i in range(1000):
+    name = f'small/file{i}.txt'
+    size = os.stat(name).st_size
+    with open(name) as file:
+        assert file.read() == f'file {i}' * 30 and size == 30 * len(f'file {i}')
+""",
+    "listed": """
+for name in os.listdir('small'):
+    with open('small/' + name) as file:
+        assert file.read() == f'file {name[4:-4]}' * 30
+""",
+    "glob": """
+for name in glob.glob('small/*.txt'):
+    with open(name, 'rb') as file:
+        assert len(file.read()) == os.stat(name).st_size
+""",
+    "scandir": """
+for entry in os.scandir('small'):
+    assert entry.stat().st_size == len(pathlib.Path(entry.path).read_text())
+""",
+    "cat": """
+assert subprocess.getoutput('cat small/*.txt | wc -c') == str(sum(30 * len(f'file {i}') for i in range(1000)))
+""",
+}
+
+
+@pytest.mark.parametrize("how", SMALL)
+def test_a_thousand_small_files_take_few_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    (tmp_path / "work" / "small").mkdir(parents=True)
+    for i in range(1000):
+        (tmp_path / "work" / "small" / f"file{i}.txt").write_text(f"file {i}" * 30)
+    counts = Counts(tmp_path / "counts")
+    monkeypatch.setattr(start, "CODE", counts.code)
+    code = "import glob, os, pathlib, subprocess" + SMALL[how] + "print('all good')"
+    assert run_in(tmp_path / "work", code)[1] == "all good\n"
+    # The machine is closed: what is left of it is what was counted. A thousand and more, were each file asked for.
+    assert counts.answered() < 250, counts.read()
+
+
+def test_files_that_change_here_or_there_while_they_are_read(tmp_path: Path) -> None:
+    for i in range(60):
+        (tmp_path / f"f{i:02}").write_text(f"old {i}")
+    code = """
+import os, sys, time
+for i in range(6):
+    assert open(f'f{i:02}').read() == f'old {i}'
+# These are with the relay by now; this host changes some of them, and the script others.
+print('go', flush=True)
+sys.stdin.readline()
+open('f08', 'w').write('mine')
+os.unlink('f09')
+os.rename('f10', 'moved')
+for i in (6, 7, 11, 12, 13, 14):
+    size, text = os.stat(f'f{i:02}').st_size, open(f'f{i:02}').read()
+    assert text in (f'old {i}', f'changed {i}' * i), text
+assert open('f08').read() == 'mine' and not os.path.exists('f09') and not os.path.exists('f10')
+assert open('moved').read() == 'old 10'
+time.sleep(1.1)
+print([open(f'f{i:02}').read() == f'changed {i}' * i for i in (7, 12, 13)], open('f14').read())
+"""
+    read, write = os.pipe()
+    out: list[bytes] = []
+
+    def printed(data: bytes) -> None:
+        out.append(data)
+        if data.startswith(b"go"):
+            for i in (7, 12, 13):
+                (tmp_path / "new").write_text(f"changed {i}" * i)
+                os.rename(tmp_path / "new", tmp_path / f"f{i:02}")
+            os.write(write, b"\n")
+
+    with machine.restore() as vm:
+        vm.run(
+            client.Request(code.encode(), stdin=True),
+            stdout=printed,
+            stderr=out.append,
+            deadline=proc.Deadline(90),
+            stdin=read,
+            shares=((str(tmp_path), "w"),),
+        )
+    os.close(read)
+    os.close(write)
+    assert b"".join(out).decode() == "go\n[True, True, True] old 14\n"
+    assert (tmp_path / "f08").read_text() == "mine"
 
 
 def test_a_server_that_is_gone_is_an_error_and_no_wait(tmp_path: Path) -> None:
