@@ -81,6 +81,7 @@ class Stream:
         "orders",
         "runs",
         "sent",
+        "since",
         "step",
         "touched",
         "wasted",
@@ -101,6 +102,7 @@ class Stream:
         self.listed = 0.0
         #: How many to send next; of those that were sent last, how many were wanted.
         self.window, self.sent, self.touched = 0, 0, 0
+        self.since = 0.0
         #: Files in a row that were opened when they were looked up, without that it was wanted.
         self.wasted = 0
 
@@ -127,14 +129,20 @@ class Stream:
         return run > 1 + (not self.opened) or (run == 1 and gap == 1 and self.opened)
 
     def after(self, name: bytes) -> list[bytes]:
-        """The names that come next, as many as are to be sent: twice as many as last time if those were wanted."""
+        """The names that come next, as many as are to be sent: twice as many as last time if those were wanted.
+
+        Not more than are likely to be asked for while they may be used, which on a busy machine is not many.
+        """
+        now, touched = time.monotonic(), self.touched
         if not self.window:
             self.window = FIRST_WINDOW
         elif self.touched * 4 >= self.sent * 3:
             self.window = min(self.window * 2, AHEAD_WINDOW)
         elif self.touched * 2 < self.sent:
             self.window = max(self.window // 2, 1)
-        self.sent = self.touched = 0
+        if touched and now > self.since:
+            self.window = min(self.window, max(1, int(touched / (now - self.since) * AHEAD_S / 2)))
+        self.sent, self.touched, self.since = 0, 0, now
         order, positions = self.orders[self.order]
         at = positions[name] + self.step
         return order[at : at + self.window * self.step : self.step]
