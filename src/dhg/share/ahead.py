@@ -6,7 +6,7 @@ the next request, so that whenever a request is being answered it is known here 
 long as it is there. Hence a record can be taken back (DROP) before anything that contradicts it is said: other attributes, a file
 that the guest has changed or opened, a name that is no more.
 
-What one request can cause is bounded: WINDOW files, AHEAD_BYTES of content, a listing of MAX_LISTED names.
+What one request can cause is bounded: AHEAD_WINDOW files, AHEAD_BYTES of content, a listing of MAX_LISTED names.
 """
 
 from __future__ import annotations
