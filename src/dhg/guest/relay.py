@@ -118,8 +118,7 @@ class Relay:
     def carry(self) -> None:
         """Carry until the host is gone."""
         hung_up = select.poll()
-        # A port that is closed on the host's side says POLLHUP, a vsock connection no more than this.
-        hung_up.register(self.port, select.POLLRDHUP)
+        hung_up.register(self.port, 0)
         request = self.request
         while True:
             held = self.held
