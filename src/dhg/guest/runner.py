@@ -291,7 +291,7 @@ def main_vm() -> None:
     sys.path.insert(0, "")
     reseed.python(runner.cells)
     runner.rehearse()
-    runner.arrange = shares.ready() if channels is None else shares.absent
+    runner.arrange = shares.ready()
     gc.collect()
     gc.freeze()
     with open(f"{RUN_DIR}/frozen", "w"):
