@@ -15,6 +15,9 @@ JAVA_HOME = "/usr/lib/jvm/java-17-openjdk-amd64"
 #: The archive of classes in the image (class data sharing), where one could be made.
 CLASSES = "/usr/local/lib/dhg/classes.jsa"
 
+#: Names the archives that formulas are compiled against, a line each, where the image has them (image/compilepath.py).
+COMPILE_PATH = "/usr/local/lib/dhg/compile.path"
+
 JVM_ARGS = [
     # One VM, few cores, a small heap: the serial collector has no threads of its own that wake up.
     "-XX:+UseSerialGC",
@@ -66,6 +69,24 @@ def _sort_class_path() -> None:
         vars(start_jvm)["_jars"] = lambda: iter(jars)
 
 
+#: Archives that are held open: the compiler opens each anew for each formula, which is cheap while it is open already.
+_held: list[object] = []
+
+
+def _shorten_compile_path() -> None:
+    """Have formulas compiled against the image's few archives instead of the server's hundreds of jars.
+
+    Deephaven passes this property to javac with each formula (QueryCompilerImpl). It is set once the JVM's own class path is made.
+    """
+    if os.path.exists(COMPILE_PATH):
+        import jpy
+
+        with open(COMPILE_PATH) as file:
+            names = file.read().split()
+        _held.extend(jpy.get_type("java.util.zip.ZipFile")(name) for name in names)
+        jpy.get_type("java.lang.System").setProperty("java.class.path", ":".join(names))
+
+
 def start_server(log: Callable[[str], None], args: list[str]) -> dict[str, str]:
     """Start Deephaven in this process; the versions of what runs."""
     log("starting the JVM")
@@ -80,6 +101,7 @@ def start_server(log: Callable[[str], None], args: list[str]) -> dict[str, str]:
         os.environ.pop("JAVA_HOME", None)
     log("starting the server")
     server.start()
+    _shorten_compile_path()
     import deephaven
     import jpy
     import numpy
