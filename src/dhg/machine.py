@@ -32,9 +32,8 @@ if TYPE_CHECKING:
         stdout: _socket.socket
         stderr: _socket.socket
         stdin: _socket.socket
+        files: _socket.socket
 
-        @property
-        def files(self) -> _socket.socket | None: ...
         def wait_resumed(self, *, deadline: proc.Deadline) -> tuple[int, int, int]: ...
         def said(self) -> str | None: ...
         def close(self) -> None: ...
@@ -96,8 +95,7 @@ class Machine:
         session = self._settle(deadline)
         source = None if stdin is None or not request.stdin else (stdin, self.vm.stdin)
         clock = self._clock_of(session, deadline)
-        files = self.vm.files
-        if files and not shares:
+        if not shares:
             # Nobody answers there: a script that looks for a module in its working directory would end with ESTALE.
             request.flags |= frames.FLAG_NO_WORKSPACE
         result = session.run(
@@ -107,7 +105,7 @@ class Machine:
             deadline=deadline,
             stdin=source,
             clock=clock,
-            files=(files, lambda: self._serve_files(shares)) if files else None,
+            files=(self.vm.files, lambda: self._serve_files(shares)),
         )
         now = time.monotonic_ns()
         whole = (now - self._clock) / 1e6
@@ -161,7 +159,6 @@ class Machine:
     def _serve_files(self, shares: Shares) -> int:
         from .share.start import FileServer
 
-        assert self.vm.files is not None
         self._server = FileServer(self.vm.files.fileno(), shares)
         return self._server.process.pidfd
 

@@ -2,7 +2,8 @@
 process of this host's. Requests are held against Firecracker's OpenAPI description (api.json), and against its life cycle.
 
 What it cannot show is that a guest kernel runs. `standin.py VERSION LOG FAULTS ...`: the version that it claims to be; a file for
-one line a request; letters of what goes wrong: r (the first two connections of a restored guest are reset), p (refuses to pause).
+one line a request; letters of what goes wrong: r (the first two connections of a restored guest are reset), f (the first to the
+port for files is), p (refuses to pause).
 """
 
 from __future__ import annotations
@@ -23,43 +24,11 @@ from typing import Any
 
 import jsonschema
 
+from dhg.engine.vsock import FILES
 from dhg.pager import uffd
 
 HERE = Path(__file__).resolve().parent
 SPEC = json.loads((HERE / "api.json").read_text())
-
-GUEST = """
-import sys
-sys.path.insert(0, {root!r})
-import fcntl, os, threading
-os.setpgid(0, 0)
-# Keeper and runner die with the stand-in.
-fcntl.fcntl({leash}, fcntl.F_SETOWN, -os.getpid())
-fcntl.fcntl({leash}, 10, 9)
-fcntl.fcntl({leash}, fcntl.F_SETFL, os.O_ASYNC)
-from dhg.guest import runner, script, stdio, vsock
-import _socket
-def listen(port):
-    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    sock.bind({folder!r} + "/" + str(port))
-    sock.listen(4)
-    return sock
-channels = vsock.Channels(vsock.keep(), runner.hello({{}}), listen)
-guest = runner.Runner(-1, clone=False)
-guest.own_main()
-if {boot}:
-    control = channels.prepare()
-    runner.log(control, "warm-up")
-null = "/dev/null"
-guest.stdin = stdio.attach(os.open(null, os.O_RDONLY), os.open(null, os.O_WRONLY), os.open(null, os.O_WRONLY))
-script.settle()
-if {boot}:
-    stdio.write_all(control, runner.hello({{"python": sys.version.split()[0], "deephaven": "stand-in"}}))
-channels.stdin, guest.meet = guest.stdin, channels.meet
-guest.use(channels.meet(-1))
-guest.serve()
-threading.Event().wait()
-"""
 
 
 class Refused(Exception):
@@ -87,16 +56,16 @@ def check(method: str, path: str, body: Any) -> None:
 class Guest:
     """The runner, in a process, with a Unix socket a port; and the vsock device's socket that leads there."""
 
-    def __init__(self, uds: str, *, boot: bool, resets: int = 0) -> None:
+    def __init__(self, uds: str, *, boot: bool, faults: str = "") -> None:
         # Under its own folder, which the test removes.
         self.folder = tempfile.mkdtemp(dir=os.path.dirname(LOG))
         leash, self.leash = os.pipe()
         os.set_inheritable(leash, True)
-        root = str(Path(uffd.__file__).parents[2])
-        code = GUEST.format(folder=self.folder, boot=boot, root=root, leash=leash)
-        self.pid = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-c", code])
+        argv = [sys.executable, str(HERE / "guest.py"), self.folder, str(leash), "boot" if boot else "restored"]
+        self.pid = os.spawnv(os.P_NOWAIT, sys.executable, argv)
         os.close(leash)
-        self.resets = resets
+        #: How many connections are reset, by port; -1: by any.
+        self.resets = {-1: 2 if "r" in faults else 0, FILES: "f" in faults}
         self._lock = threading.Lock()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(uds)
@@ -118,21 +87,25 @@ class Guest:
             if not part:
                 return
             line += part
+        port = int(line.split()[1])
         guest = socket.socket(socket.AF_UNIX)
         try:
-            guest.connect(f"{self.folder}/{int(line.split()[1])}")
+            guest.connect(f"{self.folder}/{port}")
         except OSError:
             host.close()
             return
-        host.sendall(b"OK 1073741824\n")
         with self._lock:
-            self.resets -= 1
-            reset = self.resets >= 0
+            which = port if port in self.resets else -1
+            self.resets[which] -= 1
+            reset = self.resets[which] >= 0
         if reset:
-            host.recv(1)
+            if which == -1:
+                host.sendall(b"OK 1073741824\n")
+                host.recv(1)
             host.close()
             guest.close()
             return
+        host.sendall(b"OK 1073741824\n")
         threading.Thread(target=pump, args=(guest, host), daemon=True).start()
         pump(host, guest)
 
@@ -190,7 +163,7 @@ class Machine:
         if after == "running" and self.loaded:
             override = self.loaded.get("vsock_override", {}).get("uds_path")
             uds = override or json.loads(Path(self.loaded["snapshot_path"]).read_text())["vsock"]
-            self.guest = Guest(uds, boot=False, resets=2 if "r" in self.faults else 0)
+            self.guest = Guest(uds, boot=False, faults=self.faults)
 
     def _create(self, body: Any) -> None:
         if self.state != "paused":

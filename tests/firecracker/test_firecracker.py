@@ -177,6 +177,134 @@ def test_the_pager_dies_and_takes_the_vm_along(tmp_path: Path, home: Path, needs
         assert vm.vm.process.wait(10.0) == -signal.SIGKILL
 
 
+needs_fuse = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="mounting takes root and /dev/fuse"
+)
+
+READING = """
+import os
+import helper
+print(os.getcwd(), sorted(os.listdir()), helper.X, open('a.txt').read(), len(open('big', 'rb').read()))
+print(open('/mnt/more/b.txt').read())
+try:
+    open('new', 'w')
+except OSError as error:
+    print(error.strerror)
+with open('/mnt/more/c.txt', 'w') as file:
+    file.write('from the VM')
+os.rename('/mnt/more/c.txt', '/mnt/more/d.txt')
+"""
+
+#: What `--output` takes for a table where there is no Deephaven.
+TABLE = """
+import sys, types
+
+class Table:
+    is_refreshing = False
+
+def write_csv(table, path):
+    with open(path, 'w') as file:
+        file.write('x\\n1\\n')
+
+deephaven, table = types.ModuleType('deephaven'), types.ModuleType('deephaven.table')
+deephaven.write_csv, table.Table = write_csv, Table
+sys.modules.update({'deephaven': deephaven, 'deephaven.table': table})
+t = Table()
+"""
+
+
+@needs_fuse
+@pytest.mark.parametrize("faults", ["-", "r", "f"])
+def test_the_hosts_files(tmp_path: Path, home: Path, needs_uffd: None, faults: str) -> None:
+    make_snapshot(tmp_path, home, stand_in(tmp_path, faults=faults))
+    work, more = tmp_path / "work", tmp_path / "more"
+    work.mkdir()
+    more.mkdir()
+    for path, data in {
+        work / "a.txt": b"in a",
+        work / "helper.py": b"X = 42",
+        work / "big": bytes(3_000_000),
+        more / "b.txt": b"in b",
+    }.items():
+        path.write_bytes(data)
+    vm = ("exec", "--vm", "--version", "1")
+    done = run_dhg(*vm, "--mount", f"{more}:/mnt/more:rw", "-c", READING, cwd=work)
+    expected = "/mnt/workspace ['a.txt', 'big', 'helper.py'] 42 in a 3000000\nin b\nRead-only file system\n"
+    assert (done.returncode, done.stdout.decode()) == (0, expected)
+    assert b"hint: the script tried to write to files of this host" in done.stderr
+    assert sorted(os.listdir(more)) == ["b.txt", "d.txt"]
+    assert (more / "d.txt").read_text() == "from the VM"
+    done = run_dhg(*vm, "--rw", "-c", "open('new', 'w').write('new'); import os; os.unlink('a.txt')", cwd=work)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (work / "new").read_text() == "new"
+    assert not (work / "a.txt").exists()
+    done = run_dhg(*vm, "--no-workspace", "-c", "import os; print(os.getcwd(), os.listdir())", cwd=work)
+    assert (done.returncode, done.stdout) == (0, b"/mnt/workspace []\n")
+
+
+@needs_fuse
+def test_outputs(tmp_path: Path, home: Path, needs_uffd: None) -> None:
+    make_snapshot(tmp_path, home, stand_in(tmp_path))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "t.csv").write_text("old")
+    command = ("exec", "--vm", "--version", "1", "--output", f"t={folder}/t.csv", "-c")
+    done = run_dhg(*command, TABLE + "raise SystemExit(3)")
+    assert done.returncode == 3
+    assert (os.listdir(folder), (folder / "t.csv").read_text()) == (["t.csv"], "old")
+    done = run_dhg(*command, TABLE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (os.listdir(folder), (folder / "t.csv").read_text()) == (["t.csv"], "x\n1\n")
+
+
+@needs_fuse
+def test_a_script_that_touches_no_file_starts_no_server(
+    tmp_path: Path, home: Path, needs_uffd: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_snapshot(tmp_path, home, stand_in(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for source, served in ((b"print(sum(range(10)))", False), (b"import os; os.stat('console')", True)):
+        with machine.restore("1") as vm:
+            request = client.Request(source)
+            vm.run(request, stdout=print, stderr=print, deadline=proc.Deadline(60.0), shares=((".", "r"),))
+            assert (vm._server is not None) == served
+
+
+@needs_fuse
+def test_a_server_that_is_gone_is_an_error_and_no_wait(
+    tmp_path: Path, home: Path, needs_uffd: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_snapshot(tmp_path, home, stand_in(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    out: list[bytes] = []
+    with machine.restore("1") as vm:
+
+        def output(data: bytes) -> None:
+            out.append(data)
+            if data.startswith(b"there"):
+                assert vm._server is not None
+                os.kill(vm._server.process.pid, signal.SIGKILL)
+
+        source = b"""
+import os, time
+os.stat('console')
+print('there', flush=True)
+end = time.monotonic() + 30
+while time.monotonic() < end:
+    try:
+        os.stat('nothing')
+    except FileNotFoundError:
+        time.sleep(0.01)
+    except OSError as error:
+        print(error.errno)
+        break
+"""
+        shares = ((".", "r"),)
+        vm.run(client.Request(source), stdout=output, stderr=print, deadline=proc.Deadline(60.0), shares=shares)
+    assert b"".join(out) in (b"there\n107\n", b"there\n103\n")
+    assert vm.files_error is not None
+
+
 def test_what_firecracker_refuses_is_told(tmp_path: Path, home: Path) -> None:
     with pytest.raises(MachineError, match=r"refused PATCH /vm \(400\)") as caught:
         make_snapshot(tmp_path, home, stand_in(tmp_path, faults="p"))

@@ -6,12 +6,14 @@ Usage: l1-checks.py PORT ENGINE[,ENGINE...] VERSION. Reports to PORT, one JSON o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -50,6 +52,59 @@ class Failed(Exception):
     """A check found something else than it should."""
 
 
+READING = """
+import hashlib, os, sys
+import helper
+print(os.getcwd(), sys.path[0], __file__, sorted(os.listdir()))
+print(helper.X, open('a.txt').read(), hashlib.sha256(open('big', 'rb').read()).hexdigest())
+print(open('/mnt/more/b.txt').read())
+for path in ('new', '/mnt/more/new'):
+    try:
+        open(path, 'w')
+    except OSError as error:
+        print(error.strerror)
+"""
+
+WRITING = """
+import os
+with open('new', 'wb') as file:
+    file.write(b'12345678' * 100_000)
+os.rename('new', 'done')
+os.unlink('a.txt')
+with open('/mnt/more/c.txt', 'w') as file:
+    file.write('from the VM')
+"""
+
+#: What `--output` takes for a table where there is no Deephaven.
+TABLE = """
+import sys, types
+
+class Table:
+    is_refreshing = False
+
+def write_csv(table, path):
+    with open(path, 'w') as file:
+        file.write('x\\n1\\n')
+
+deephaven, table = types.ModuleType('deephaven'), types.ModuleType('deephaven.table')
+deephaven.write_csv, table.Table = write_csv, Table
+sys.modules.update({'deephaven': deephaven, 'deephaven.table': table})
+t = Table()
+"""
+
+
+def put(path: str, data: bytes) -> None:
+    """Make a file."""
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def got(path: str) -> bytes:
+    """What is in a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
 class Done:
     """How a command ended."""
 
@@ -66,12 +121,20 @@ class Done:
         )
 
 
-def dhg(*args: str, stdin: bytes = b"", env: dict[str, str] | None = None, timeout_s: float = COMMAND_S) -> Done:
+def dhg(
+    *args: str,
+    stdin: bytes = b"",
+    env: dict[str, str] | None = None,
+    timeout_s: float = COMMAND_S,
+    cwd: str | None = None,
+) -> Done:
     """Run the command as a user does; `env` is added to the environment."""
     argv = ["dhg", *args]
     environ = {**os.environ, **(env or {})}
     try:
-        done = subprocess.run(argv, input=stdin, capture_output=True, env=environ, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            argv, input=stdin, capture_output=True, env=environ, timeout=timeout_s, cwd=cwd, check=False
+        )
     except subprocess.TimeoutExpired as late:
         raise Failed(f"{' '.join(argv)}: no end after {timeout_s:g} s; {late.stdout!r} {late.stderr!r}") from None
     return Done(argv, done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -88,18 +151,16 @@ def running(*kinds: str) -> dict[int, str]:
             except OSError:
                 continue
             # A zombie's is empty.
-            kind = (
-                "pager"
-                if any("dhg.pager" in arg for arg in argv)
-                else os.path.basename(argv[0]).partition("-system")[0]
-            )
-            if kind in (kinds or ("qemu", "firecracker", "pager")):
+            kind = os.path.basename(argv[0]).partition("-system")[0]
+            for ours, module in (("pager", "dhg.pager"), ("files", "dhg.share")):
+                kind = ours if any(module in arg for arg in argv) else kind
+            if kind in (kinds or ("qemu", "firecracker", "pager", "files")):
                 found[int(name)] = kind
     return found
 
 
 def none_left(within_s: float = 20.0) -> None:
-    """No VMM, pager or socket is left after at most `within_s` seconds. Raises `Failed`."""
+    """No VMM, pager, server of files or socket is left after at most `within_s` seconds. Raises `Failed`."""
     until = time.monotonic() + within_s
     while left := [*running().items(), *(os.listdir(RUN) if os.path.isdir(RUN) else [])]:
         if time.monotonic() > until:
@@ -108,10 +169,10 @@ def none_left(within_s: float = 20.0) -> None:
 
 
 class Script:
-    """A script that says `up` and then sleeps, and the client that runs it."""
+    """A script that has looked at a file, says `up` and then sleeps, and the client that runs it."""
 
     def __init__(self, *in_vm: str) -> None:
-        code = "print('up', flush=True); import time; time.sleep(3600)"
+        code = "import os, time; os.listdir(); print('up', flush=True); time.sleep(3600)"
         argv = ["dhg", "exec", *in_vm, "-c", code]
         self.client = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -150,6 +211,9 @@ class Checks:
             self.kvm_is_usable,
             self.five_runs,
             self.streams,
+            self.files_are_read,
+            self.files_are_written,
+            self.outputs,
             self.clones_differ,
             *([self.memory_modes, self.without_override, self.pager_dies] if self.name == "firecracker" else []),
             self.interrupt,
@@ -199,6 +263,57 @@ class Checks:
         )
         data = bytes(range(128)) * 1000
         dhg("exec", *self.in_vm, "-c", code, stdin=data).must(0, data[::-1].decode(), err=r"^e\n$")
+
+    def files_are_read(self) -> None:
+        """A script finds what is beside it and in another directory that is shared, and may not write there."""
+        with tempfile.TemporaryDirectory() as top:
+            work, more, big = f"{top}/work", f"{top}/more", os.urandom(20_000_001)
+            os.mkdir(work)
+            os.mkdir(more)
+            put(f"{work}/report.py", READING.encode())
+            put(f"{work}/helper.py", b"X = 42")
+            put(f"{work}/a.txt", b"in a")
+            put(f"{work}/big", big)
+            put(f"{more}/b.txt", b"in b")
+            names = ["a.txt", "big", "helper.py", "report.py"]
+            expected = (
+                f"/workspace /workspace /workspace/report.py {names}\n42 in a {hashlib.sha256(big).hexdigest()}\n"
+            )
+            expected += "in b\n" + "Read-only file system\n" * 2
+            done = dhg("exec", *self.in_vm, "--mount", f"{more}:/mnt/more", "report.py", cwd=work)
+            done.must(0, expected, err=r"^hint: the script tried to write to files of this host")
+            if sorted(os.listdir(work)) != names or os.listdir(more) != ["b.txt"]:
+                raise Failed(f"{os.listdir(work)} {os.listdir(more)}")
+            code = "import os; print(os.getcwd(), os.listdir())"
+            dhg("exec", *self.in_vm, "--no-workspace", "-c", code, cwd=work).must(0, "/workspace []\n")
+        none_left()
+
+    def files_are_written(self) -> None:
+        """With --rw, and :rw for a mount, what a script does to files is done."""
+        with tempfile.TemporaryDirectory() as top:
+            work, more = f"{top}/work", f"{top}/more"
+            os.mkdir(work)
+            os.mkdir(more)
+            put(f"{work}/a.txt", b"in a")
+            dhg("exec", *self.in_vm, "--rw", "--mount", f"{more}:/mnt/more:rw", "-c", WRITING, cwd=work).must(0, "")
+            if os.listdir(work) != ["done"] or got(f"{work}/done") != b"12345678" * 100_000:
+                raise Failed(str(os.listdir(work)))
+            if os.listdir(more) != ["c.txt"] or got(f"{more}/c.txt") != b"from the VM":
+                raise Failed(str(os.listdir(more)))
+        none_left()
+
+    def outputs(self) -> None:
+        """A table becomes a file when the script has succeeded, and only then."""
+        code = "from deephaven import empty_table; t = empty_table(1).update('x = 1')\n" if not self.bare else TABLE
+        with tempfile.TemporaryDirectory() as top:
+            put(f"{top}/t.csv", b"old")
+            command = ["exec", *self.in_vm, "--no-show-tables", "--output", f"t={top}/t.csv", "-c"]
+            dhg(*command, code + "raise SystemExit(3)").must(3, "", err="no output was written")
+            if os.listdir(top) != ["t.csv"] or got(f"{top}/t.csv") != b"old":
+                raise Failed(f"{os.listdir(top)} {got(f'{top}/t.csv')!r}")
+            dhg(*command, code).must(0, "")
+            if os.listdir(top) != ["t.csv"] or got(f"{top}/t.csv").split() != [b"x", b"1"]:
+                raise Failed(f"{os.listdir(top)} {got(f'{top}/t.csv')!r}")
 
     def memory_modes(self) -> str:
         """The guest's memory from the pager, lazily, all at first, or in a mapping of the file."""
@@ -261,9 +376,9 @@ class Checks:
     def kill_9_leaves_nothing(self) -> None:
         """A client that is killed takes its VM along and leaves nothing for doctor to find."""
         with Script(*self.in_vm) as script:
-            alive = running(self.name)
+            alive = running(self.name, "files")
             script.client.kill()
-        if len(alive) != 1:
+        if sorted(alive.values()) != sorted((self.name, "files")):
             raise Failed(f"running: {alive}")
         none_left()
         left = [item for item in json.loads(dhg("doctor", "--json").out)["findings"] if item["name"] == "leftovers"]

@@ -242,8 +242,7 @@ class Vm:
         self.stdout: _socket.socket
         self.stderr: _socket.socket
         self.stdin: _socket.socket
-        #: None: the host's files are not served over vsock.
-        self.files: _socket.socket | None = None
+        self.files: _socket.socket
         argv = [binary, "--api-sock", API if relative else f"{folder}/{API}", "--id", "dhg"]
         if relative:
             argv = ["/usr/bin/env", "-C", folder, *argv]
@@ -291,15 +290,17 @@ class Vm:
         last: Exception | None = None
         for number in range(1, 256):
             limit = proc.Deadline(min(MEET_TIMEOUT_S, deadline.left()))
+            found: list[_socket.socket] = []
             try:
                 found = vsock.connect_all(path, number, limit)
                 if _greeted(found[0], limit):
+                    self.files = vsock.connect(path, vsock.FILES, limit)
                     self.control, self.stdout, self.stderr, self.stdin = found
                     return
-                for sock in found:
-                    sock.close()
             except (vsock.Refused, DeadlineExceeded) as error:
                 last = error
+            for sock in found:
+                sock.close()
             if self.process.wait(vsock.PAUSE_S) is not None:
                 raise MachineError(f"Firecracker ended with status {self.process.status}")
             if deadline.left() == 0.0:
@@ -337,7 +338,7 @@ class Vm:
             self.pager.close()
         if self._api:
             self._api.close()
-        for name in ("control", "stdout", "stderr", "stdin"):
+        for name in ("control", "stdout", "stderr", "stdin", "files"):
             sock = getattr(self, name, None)
             if sock is not None:
                 sock.close()

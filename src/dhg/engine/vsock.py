@@ -15,6 +15,8 @@ from ..errors import DeadlineExceeded
 
 #: The channels and their ports, as in guest/vsock.py.
 CHANNELS = (("control", 1024), ("stdout", 1025), ("stderr", 1026), ("stdin", 1027))
+#: The port of the relay, which takes no tries: guest/vsock.py says why.
+FILES = 1028
 
 #: How long to wait for a guest that does not listen yet, before asking again.
 PAUSE_S = 0.05

@@ -1,7 +1,8 @@
-"""The guest's end of the host's files: carries FUSE messages between /dev/fuse and the `files` port.
+"""The guest's end of the host's files: carries FUSE messages between /dev/fuse and the `files` channel.
 
 Guest code: standard library only, and a process of its own: one inside the interpreter that uses the mount would wait for itself.
-`init` mounts the file system and starts this with the descriptor of /dev/fuse and the path of the port.
+`init` mounts the file system and starts this with the descriptor of /dev/fuse and the path of the virtio port; where the channels
+are vsock's, it starts `vsock.serve_files`.
 
 Until the freeze there is no host to ask, so it answers what the mount and the warm-up need by itself: the root, and in it the
 node of the workspace, which is empty. The runner ends that with a look-up of POKE; from then on every request goes to the host as
@@ -264,20 +265,24 @@ class Relay:
         return True
 
 
-def main() -> None:
-    """Serve the mount until the VM or the channel ends."""
-    fuse, port = int(sys.argv[1]), os.open(sys.argv[2], os.O_RDWR)
+def begin(fuse: int) -> None:
+    """Set the mount up, and answer by ourselves until the runner pokes."""
     with open("/proc/self/mountinfo") as file:
         device = next(line.split()[2] for line in file if line.split()[4] == SHARES)
     with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as file:
         file.write(str(READ_AHEAD_KIB))
     # Nothing here refers to itself.
     gc.disable()
-    relay = Relay(fuse, port)
     poke = alone(fuse)
     # Woken up, it does not take the CPU from a script that has more to do before it has to wait.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.write(fuse, OUT.pack(OUT.size, -ENOENT, poke))
+
+
+def main() -> None:
+    """Serve the mount until the VM or the channel ends."""
+    relay = Relay(int(sys.argv[1]), os.open(sys.argv[2], os.O_RDWR))
+    begin(relay.fuse)
     # When this returns and the process ends, the kernel fails every request instead of keeping the script waiting.
     relay.carry()
 

@@ -283,6 +283,7 @@ def main_vm() -> None:
     runner = Runner(control, clone=True)
     runner.own_main()
     versions = warmup.warm_up(runner, lambda text: log(control, text))
+    log(control, "rehearsal")
     runner.stdin = attach_ports(channels is None)
     runner.prepare_interrupt()
     script.settle()
@@ -290,17 +291,20 @@ def main_vm() -> None:
     sys.path.insert(0, "")
     reseed.python(runner.cells)
     runner.rehearse()
-    runner.arrange = shares.ready() if channels is None else shares.absent
+    runner.arrange = shares.ready()
     gc.collect()
     gc.freeze()
     with open(f"{RUN_DIR}/frozen", "w"):
         pass
     greeting = hello(versions)
+    log(control, "giving memory back")
     warmup.shrink()
     if runner.jvm is not None:
+        log(control, "random generators")
         warmup.collect_java()
         runner.jvm.find(runner.cells)
         runner.jvm.check()
+    log(control, "waiting for a quiet moment")
     warmup.wait_for_quiet()
     stdio.write_all(control, greeting)
     if channels is not None:
@@ -325,11 +329,11 @@ def map_machine_id() -> mmap.mmap:
 
 def main_embedded(control: int, stdin: int, stdout: int, stderr: int) -> None:
     """In a process of the host's: start the server, run one request, end."""
-    from . import warmup
+    from . import jvm
 
     runner = Runner(control, clone=False)
     runner.own_main()
-    versions = warmup.start_server(lambda text: log(control, text), warmup.JVM_ARGS)
+    versions = jvm.start_server(lambda text: log(control, text), jvm.JVM_ARGS)
     runner.finder = preview.Finder()
     runner.stdin = stdio.attach(stdin, stdout, stderr)
     runner.prepare_interrupt()

@@ -6,7 +6,6 @@ Guest code: standard library only.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 from collections.abc import Callable, Sequence
 
@@ -17,12 +16,6 @@ WORKSPACE = "/workspace"
 # linux/mount.h, sys/mount.h
 MS_BIND = 0x1000
 MNT_DETACH = 2
-
-
-def absent(mounts: Sequence[str], workspace: bool) -> None:
-    """`arrange` where there is no channel for files (Firecracker): /workspace is empty anyway. Raises `OSError` for anything else."""
-    if mounts:
-        raise OSError(errno.EOPNOTSUPP, "the host's files are not served by this engine", mounts[0])
 
 
 def ready() -> Callable[[Sequence[str], bool], None]:

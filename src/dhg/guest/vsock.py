@@ -5,6 +5,9 @@ Guest code: standard library only. While the VM is prepared, the host connects t
 request came (the device is reset at the restore), the host makes them all anew: the first byte of each is the number of the
 try, so that connections of different tries are not mixed.
 
+The relay has a listener of its own for the host's files. To that the host connects once, after HELLO, when no reset is to come any
+more: a request that has been written to a connection that is lost then could not be had back from the kernel.
+
 The keeper is the parent of the runner's process. It is handed the connections, so that none is closed when the runner
 dies, and says DIED then, as `init` does under QEMU.
 """
@@ -13,14 +16,17 @@ from __future__ import annotations
 
 import _socket
 import os
+import select
 import struct
 from collections.abc import Callable
 
 from ..wire import frames
+from . import relay
 from .stdio import write_all
 
 #: The channels' ports, as in engine/vsock.py.
 PORTS = {"control": 1024, "stdout": 1025, "stderr": 1026, "stdin": 1027}
+FILES = 1028
 CID_ANY = 0xFFFFFFFF
 
 Listen = Callable[[int], _socket.socket]
@@ -51,6 +57,34 @@ def accept_try(listener: _socket.socket) -> tuple[int, int]:
         if number:
             return fd, number[0]
         os.close(fd)
+
+
+def accept_alive(listener: _socket.socket) -> int:
+    """The next connection that the host has not given up, as a descriptor; blocks."""
+    while True:
+        fd = accept(listener)
+        lost = select.poll()
+        lost.register(fd, select.POLLRDHUP)
+        if not lost.poll(0):
+            return fd
+        os.close(fd)
+
+
+def serve_files(fuse: int, make: Listen = listen) -> None:
+    """The relay's process, as `relay.main` is under QEMU; `fuse` is the descriptor of /dev/fuse."""
+    listener = make(FILES)
+    carrier = relay.Relay(fuse, -1)
+    relay.begin(fuse)
+    # Frozen in here, without a connection. That of a clone's host is taken by the kernel: this process does not wake up before there
+    # is something to ask, and then no request is in its hands that could be lost.
+    asked = select.poll()
+    asked.register(fuse, select.POLLIN)
+    asked.poll()
+    carrier.port = accept_alive(listener)
+    try:
+        carrier.carry()
+    except ConnectionError:
+        pass  # the host is gone in the middle of a message
 
 
 class Channels:

@@ -17,79 +17,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import preview, reseed, script
-
-JVM_ARGS = [
-    # One VM, few cores, a small heap: the serial collector has no threads of its own that wake up.
-    "-XX:+UseSerialGC",
-    # Python keeps SIGINT and SIGTERM.
-    "-Xrs",
-    "-XX:-UsePerfData",
-    "-Ddeephaven.console.type=python",
-    "-XX:+UnlockDiagnosticVMOptions",
-]
-
-# What wakes up by itself, ten times a second and more, would do so within the first milliseconds of every clone. None of it is
-# needed for what a script does: the look for new global variables tells web clients, of which there are none; idle monitors are
-# given back at the next safepoint that something else needs, and the statistics go to a log that dies with the VM.
-JVM_ARGS_VM = [
-    "-DDeephavenApiServer.checkScopeChangesIntervalMillis=3600000",
-    "-Dstatsdriver.enabled=false",
-    "-XX:GuaranteedSafepointInterval=0",
-    "-XX:AsyncDeflationInterval=0",
-]
-
-# Under software emulation: C2's own work costs far more than its code gains within the life of a script, and
-# verifying classes takes a sixth of the start.
-JVM_ARGS_TCG = ["-XX:TieredStopAtLevel=1", "-XX:-BytecodeVerificationRemote"]
-
-#: An empty list would be taken for "none given" (start_jvm.py), and Deephaven's own pick G1: a second collector, and the JVM exits.
-HARMLESS = ["-XX:+OmitStackTraceInFastThrow"]
-
-
-def jvm_args() -> list[str]:
-    """The JVM's options for this VM: half of its memory as heap, and what suits the acceleration that the host told."""
-    with open("/proc/cmdline") as file:
-        words = file.read().split()
-    with open("/proc/meminfo") as file:
-        heap_mib = int(file.readline().split()[1]) >> 11
-    return [f"-Xmx{heap_mib}m", *JVM_ARGS, *JVM_ARGS_VM, *(JVM_ARGS_TCG if "dhg.accel=tcg" in words else [])]
-
-
-def start_server(log: Callable[[str], None], args: list[str]) -> dict[str, str]:
-    """Start Deephaven in this process; the versions of what runs."""
-    log("starting the JVM")
-    from deephaven_server import Server
-
-    server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS)
-    log("starting the server")
-    server.start()
-    import deephaven
-    import jpy
-    import numpy
-    import pandas
-    import pyarrow
-
-    return {
-        "deephaven": deephaven.__version__,
-        "python": sys.version.split()[0],
-        "java": str(jpy.get_type("java.lang.System").getProperty("java.version")),
-        "numpy": numpy.__version__,
-        "pandas": pandas.__version__,
-        "pyarrow": pyarrow.__version__,
-    }
+from . import jvm, preview, queries, reseed, script
 
 
 def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     """Start the server, where the image has one, and run the warm-up scripts; the versions of what runs."""
     if importlib.util.find_spec("deephaven_server") is None:
         return warm_up_bare(runner, log)
-    versions = start_server(log, jvm_args())
+    versions = jvm.start_server(log, jvm.vm_args())
     frames_without_source()
     runner.finder = preview.Finder()
     # The exit handlers of the server and of pandas are for the end of this process, not of a script.
     script.settle()
-    for name, source in SCRIPTS.items():
+    for name, source in queries.WARM_UP.items():
         log(f"warm-up: {name}")
         rehearse(runner.finder, name, source)
     rehearse_failure()
@@ -161,69 +101,6 @@ def rehearse_failure() -> None:
         outcome = script.Script(b"def f():\n    1 / 0\nf()\n", "<warm-up>", [], {}).run()
     if outcome.exit_code != 1 or "ZeroDivisionError" not in quiet.getvalue():
         raise RuntimeError(f"the warm-up of tracebacks: {quiet.getvalue()}")
-
-
-# What scripts do first, so that its classes are loaded, its code compiled and its modules imported. Each leaves nothing behind.
-SCRIPTS = {
-    "update, where, agg_by, join, sort": """
-from deephaven import agg, empty_table
-from deephaven import new_table
-from deephaven.column import double_col, int_col, long_col, string_col
-for n in 1, 1000, 1_000_000:
-    t = empty_table(n).update('x = i')
-    assert t.size == n
-t = empty_table(1000).update(['g = ii % 7', 's = `s` + g', 'v = i * 0.5', 'ts = now()'])
-assert t.where(['g > 2', 's != `s5`']).size > 0
-assert t.agg_by([agg.sum_('sv = v'), agg.avg('av = v'), agg.count_('n')], by=['g']).size == 7
-assert t.view(['g', 'v']).sum_by('g').size == t.last_by('g').size
-right = new_table([long_col('g', [0, 1]), string_col('name', ['a', 'b']), int_col('n', [1, 2]), double_col('d', [1.0, 2.0])])
-assert t.natural_join(right, on='g', joins='name').sort('v').sort_descending('g').size == 1000
-assert t.join(right, on='g').select(['g', 'name']).head(5).size == 5
-print(t.size)
-""",
-    "ticking table": """
-import time
-from deephaven import time_table
-t = time_table('PT0.02s').update('y = ii * 2')
-n = t.last_by()
-until = time.monotonic() + 120
-while t.size < 3:
-    assert time.monotonic() < until, 'the update graph does not run'
-    time.sleep(0.05)
-n.close() if hasattr(n, 'close') else None
-""",
-    "csv": """
-import os
-from deephaven import read_csv, write_csv
-with open('/tmp/warm.csv', 'w') as file:
-    file.write('sym,price,qty\\n' + ''.join(f'S{i % 5},{i / 7},{i}\\n' for i in range(2000)))
-t = read_csv('/tmp/warm.csv')
-assert t.size == 2000
-write_csv(t.head(10), '/tmp/warm2.csv')
-os.unlink('/tmp/warm.csv')
-os.unlink('/tmp/warm2.csv')
-""",
-    "parquet": """
-import os
-from deephaven import empty_table, parquet
-t = empty_table(1000).update(['x = i', 's = `a` + i', 'd = i / 3.0'])
-parquet.write(t, '/tmp/warm.parquet')
-assert parquet.read('/tmp/warm.parquet').select().size == 1000
-os.unlink('/tmp/warm.parquet')
-""",
-    "pandas, numpy": """
-import pandas
-from deephaven import empty_table
-from deephaven.numpy import to_numpy
-from deephaven.pandas import to_pandas, to_table
-empty = empty_table(0).update('x = i')
-frame = to_pandas(empty_table(1000).update(['x = i', 's = `a` + i', 'd = i / 3.0']))
-frame.head(10).to_string(index=False)
-assert to_table(frame).size == 1000
-assert frame.groupby('s').d.mean().size == 1000
-to_numpy(empty_table(10).update('x = i'))
-""",
-}
 
 
 def give_back() -> None:

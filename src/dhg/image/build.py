@@ -16,7 +16,8 @@ from collections.abc import Callable
 from .. import config, proc
 from ..errors import ImageError
 from ..files import locked, private_dir, remove_tree, sync_dir, sync_file
-from . import kernel
+from . import classes, compilepath, kernel
+from .tree import COMPILE, can_mount, compile_python
 
 SUITE = "bookworm"
 PACKAGES = ("python3-minimal", "libpython3.11", "openjdk-17-jre-headless", "busybox-static", "ca-certificates")
@@ -177,8 +178,8 @@ _NOT_BARE = (
 def _image_key(base: str, version: str) -> str:
     with open(f"{base}/packages") as file:
         packages = file.read()
-    parts = _NOT_BARE if version == config.BARE else (GUEST_PYTHON, SITE)
-    return stage_key(version, *parts, os.path.basename(base), packages)
+    parts = _NOT_BARE if version == config.BARE else (GUEST_PYTHON, SITE, *compilepath.INPUTS, classes.sources())
+    return stage_key(version, *parts, *COMPILE, os.path.basename(base), packages)
 
 
 def root_image(base: str, version: str, log: str) -> str:
@@ -198,16 +199,12 @@ def root_image(base: str, version: str, log: str) -> str:
         os.makedirs(site, exist_ok=True)
         if not bare:
             proc.run(pip_argv(site, version), timeout_s=1800, log=log, env=_pip_env())
-        # Compiled by the guest's own Python: the host's may be another version.
-        chroot = ["chroot", tree] if os.geteuid() == 0 else ["unshare", "-r", "chroot", tree]
-        clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
-        compile_all = ["/usr/bin/python3", "-m", "compileall", "-q", "-j0", "/" + SITE, "/usr/lib/python3.11"]
-        try:
-            proc.run([*chroot, *compile_all], timeout_s=900, log=log, env=clean)
-        except proc.CommandFailed as error:
-            # compileall counts any file that is no Python 3 (test data of some package) as a failure.
-            if error.status != 1:
-                raise
+        mounts = can_mount(tree, log)
+        compile_python(tree, ["/usr/lib/python3.11", *([] if bare else [f"/{SITE}"])], mounts=mounts, log=log)
+        if not bare:
+            compilepath.make(tree, f"/{SITE}/deephaven_server/jars")
+            classes.freeze_times(tree)
+            classes.make(tree, log, mounts=mounts)
         packages = _guest_packages(base, site)
         with open(f"{tmp}/packages.json", "w") as file:
             json.dump(packages, file, indent=1, sort_keys=True)

@@ -1,0 +1,118 @@
+"""The JVM of the guest: its options, its class path, and the start of the server in it.
+
+Guest code: standard library and Deephaven only. Used by the VM, by the embedded server of `exec` without a VM, and by the training
+that makes the archive of classes (training.py), which only a JVM with the same class path in the same order can use.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+#: Where Debian has the image's JVM: without being told, Deephaven starts one more to ask it, two seconds under emulation.
+JAVA_HOME = "/usr/lib/jvm/java-17-openjdk-amd64"
+#: The archive of classes in the image (class data sharing), where one could be made.
+CLASSES = "/usr/local/lib/dhg/classes.jsa"
+
+#: Names the archives that formulas are compiled against, a line each, where the image has them (image/compilepath.py).
+COMPILE_PATH = "/usr/local/lib/dhg/compile.path"
+
+JVM_ARGS = [
+    # One VM, few cores, a small heap: the serial collector has no threads of its own that wake up.
+    "-XX:+UseSerialGC",
+    # Python keeps SIGINT and SIGTERM.
+    "-Xrs",
+    "-XX:-UsePerfData",
+    "-Ddeephaven.console.type=python",
+    "-XX:+UnlockDiagnosticVMOptions",
+]
+
+# What wakes up by itself, ten times a second and more, would do so within the first milliseconds of every clone. None of it is
+# needed for what a script does: the look for new global variables tells web clients, of which there are none; idle monitors are
+# given back at the next safepoint that something else needs, and the statistics go to a log that dies with the VM.
+JVM_ARGS_VM = [
+    "-DDeephavenApiServer.checkScopeChangesIntervalMillis=3600000",
+    "-Dstatsdriver.enabled=false",
+    "-XX:GuaranteedSafepointInterval=0",
+    "-XX:AsyncDeflationInterval=0",
+]
+
+# Under software emulation: C2's own work costs far more than its code gains within the life of a script, and
+# verifying classes takes a sixth of the start.
+JVM_ARGS_TCG = ["-XX:TieredStopAtLevel=1", "-XX:-BytecodeVerificationRemote"]
+
+#: The archive where it was made for, so that its pages stay those of the file: Debian's default moves it, and writes to all of them.
+JVM_ARGS_CLASSES = [f"-XX:SharedArchiveFile={CLASSES}", "-XX:ArchiveRelocationMode=0"]
+
+#: An empty list would be taken for "none given" (start_jvm.py), and Deephaven's own pick G1: a second collector, and the JVM exits.
+HARMLESS = ["-XX:+OmitStackTraceInFastThrow"]
+
+
+def vm_args() -> list[str]:
+    """The JVM's options for this VM: half of its memory as heap, and what suits the acceleration that the host told."""
+    with open("/proc/cmdline") as file:
+        words = file.read().split()
+    with open("/proc/meminfo") as file:
+        heap_mib = int(file.readline().split()[1]) >> 11
+    args = [f"-Xmx{heap_mib}m", *JVM_ARGS, *JVM_ARGS_VM]
+    args += JVM_ARGS_TCG if "dhg.accel=tcg" in words else []
+    return args + (JVM_ARGS_CLASSES if os.path.exists(CLASSES) else [])
+
+
+def _sort_class_path() -> None:
+    """Have the server's jars in the order of their names: it takes them as the directory lists them."""
+    from deephaven_server import start_jvm
+
+    if hasattr(start_jvm, "_jars") and hasattr(start_jvm, "_jars_path"):
+        jars = sorted(start_jvm._jars_path().glob("*.jar"))
+        vars(start_jvm)["_jars"] = lambda: iter(jars)
+
+
+#: Archives that are held open: the compiler opens each anew for each formula, which is cheap while it is open already.
+_held: list[object] = []
+
+
+def _shorten_compile_path() -> None:
+    """Have formulas compiled against the image's few archives instead of the server's hundreds of jars.
+
+    Deephaven passes this property to javac with each formula (QueryCompilerImpl). It is set once the JVM's own class path is made.
+    """
+    if os.path.exists(COMPILE_PATH):
+        import jpy
+
+        with open(COMPILE_PATH) as file:
+            names = file.read().split()
+        _held.extend(jpy.get_type("java.util.zip.ZipFile")(name) for name in names)
+        jpy.get_type("java.lang.System").setProperty("java.class.path", ":".join(names))
+
+
+def start_server(log: Callable[[str], None], args: list[str]) -> dict[str, str]:
+    """Start Deephaven in this process; the versions of what runs."""
+    log("starting the JVM")
+    from deephaven_server import Server
+
+    _sort_class_path()
+    told = "JAVA_HOME" in os.environ
+    if not told and os.path.isdir(JAVA_HOME):
+        os.environ["JAVA_HOME"] = JAVA_HOME
+    server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS)
+    if not told:
+        os.environ.pop("JAVA_HOME", None)
+    log("starting the server")
+    server.start()
+    _shorten_compile_path()
+    import deephaven
+    import jpy
+    import numpy
+    import pandas
+    import pyarrow
+
+    return {
+        "deephaven": deephaven.__version__,
+        "python": sys.version.split()[0],
+        "java": str(jpy.get_type("java.lang.System").getProperty("java.version")),
+        "numpy": numpy.__version__,
+        "pandas": pandas.__version__,
+        "pyarrow": pyarrow.__version__,
+    }
