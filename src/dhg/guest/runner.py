@@ -276,7 +276,7 @@ def main_vm() -> None:
     """In a VM: start the server, warm up, wait to be frozen, run one request, wait to be killed."""
     channels = vsock_channels()
     control = os.open(f"{RUN_DIR}/control", os.O_RDWR) if channels is None else channels.prepare()
-    from . import warmup
+    from . import memory, warmup
 
     # A script's `import dhg` is its own affair.
     sys.path.remove(f"{RUN_DIR}/lib")
@@ -298,10 +298,13 @@ def main_vm() -> None:
         pass
     greeting = hello(versions)
     log(control, "giving memory back")
-    warmup.shrink()
+    if runner.jvm is not None:
+        memory.compact_java()
+    memory.trim()
+    memory.clean_free_pages()
     if runner.jvm is not None:
         log(control, "random generators")
-        warmup.collect_java()
+        memory.collect_java()
         runner.jvm.find(runner.cells)
         runner.jvm.check()
     log(control, "waiting for a quiet moment")

@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import jvm, preview, queries, reseed, script
+from . import jvm, memory, preview, queries, reseed, script
+
+#: How often all warm-up scripts are run once more.
+PASSES = 3
 
 
 def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
@@ -32,10 +35,16 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     for name, source in queries.WARM_UP.items():
         log(f"warm-up: {name}")
         rehearse(runner.finder, name, source)
+    # What was needed once only is given back, and what is not quite hot enough to be compiled becomes so.
+    memory.release_files()
+    for number in range(PASSES):
+        log(f"warm-up: all of it, pass {number + 2}")
+        for name, source in queries.WARM_UP.items():
+            rehearse(runner.finder, name, source)
     rehearse_failure()
     runner.jvm = reseed.Jvm()
     log("collecting garbage")
-    give_back()
+    memory.give_back()
     return versions
 
 
@@ -101,48 +110,6 @@ def rehearse_failure() -> None:
         outcome = script.Script(b"def f():\n    1 / 0\nf()\n", "<warm-up>", [], {}).run()
     if outcome.exit_code != 1 or "ZeroDivisionError" not in quiet.getvalue():
         raise RuntimeError(f"the warm-up of tracebacks: {quiet.getvalue()}")
-
-
-def give_back() -> None:
-    """Collect garbage in Python and in the JVM."""
-    gc.collect()
-    collect_java()
-    # References that only a cleaner thread drops go away with the second collection.
-    time.sleep(0.2)
-    gc.collect()
-    collect_java()
-
-
-def collect_java() -> None:
-    """A full collection."""
-    import jpy
-
-    jpy.get_type("java.lang.System").gc()
-
-
-def shrink() -> None:
-    """Drop the page cache and leave zeros in every free page, so that the snapshot file is sparse."""
-    with open("/proc/sys/vm/drop_caches", "w") as file:
-        file.write("3")
-    with open("/proc/sys/vm/compact_memory", "w") as file:
-        file.write("1")
-    # A process of its own and not a fork: that would leave every page of this one to be copied at its first write after the restore.
-    argv = ["/usr/bin/python3", "-I", "-S", "-c", _TOUCH_FREE_MEMORY]
-    pid = os.posix_spawn(argv[0], argv, {})
-    os.waitpid(pid, 0)
-
-
-# A page that is mapped in for the first time has been zeroed by the kernel; freed again, it stays zero.
-_TOUCH_FREE_MEMORY = """
-import mmap
-with open("/proc/self/oom_score_adj", "w") as file:
-    file.write("1000")
-with open("/proc/meminfo") as file:
-    free_kib = next(int(line.split()[1]) for line in file if line.startswith("MemFree:"))
-size = (free_kib - 48 * 1024) * 1024
-if size > 0:
-    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
-"""
 
 
 #: How long the other threads are watched, and how finely.

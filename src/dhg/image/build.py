@@ -208,7 +208,7 @@ def root_image(base: str, version: str, log: str) -> str:
         packages = _guest_packages(base, site)
         with open(f"{tmp}/packages.json", "w") as file:
             json.dump(packages, file, indent=1, sort_keys=True)
-        proc.run(["mkfs.erofs", "-d0", "-T0", "--all-root", f"{tmp}/root.erofs", tree], timeout_s=600, log=log)
+        proc.run(["mkfs.erofs", "--quiet", "-T0", "--all-root", f"{tmp}/root.erofs", tree], timeout_s=600, log=log)
         remove_tree(tree)
 
     return cached("image", _image_key(base, version), build)

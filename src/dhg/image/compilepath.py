@@ -1,8 +1,8 @@
 """The class path that formulas are compiled against: few archives instead of several hundred.
 
-Deephaven compiles each formula with javac, which asks every jar of the class path for every package, and opens all of them anew to
-look for plugins: a third of what a compilation costs. So the image has one more jar, with the classes of all jars but the largest, and a
-file that names it and those. The classes that run come from the jars themselves.
+Deephaven compiles each formula with javac, which asks every jar of the class path for every package, and opens all of them
+anew to look for plugins: a third of what a compilation costs. So the image has one more jar, with the classes of all jars but the
+largest, and a file that names it and those. The classes that run come from the jars themselves.
 """
 
 from __future__ import annotations
