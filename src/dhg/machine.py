@@ -8,7 +8,7 @@ import time
 from . import proc
 from .engine import qmp
 from .errors import DeadlineExceeded, MachineError
-from .snapshot import store
+from .snapshot import readahead, store
 from .wire import client, frames
 
 TYPE_CHECKING = False
@@ -201,9 +201,12 @@ def _start(snapshot: store.Snapshot) -> Vm:
         )
     state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
+        vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
     finally:
         os.close(state)
+    # While QEMU starts; its own files are read at the same time.
+    readahead.start(f"{snapshot.path}/ram", snapshot.ahead)
+    return vm
 
 
 def restore(version: str | None = None, *, engine: str | None = None, accel: str | None = None) -> Machine:

@@ -37,7 +37,7 @@ def test_the_restore_command_line() -> None:
 
 
 def test_boot_and_restore_differ_in_nothing_a_guest_sees() -> None:
-    boot, restore = qemu.boot_argv(SPEC, "/s/ram"), qemu.restore_argv(SPEC, "/s/ram")
+    boot, restore = qemu.boot_argv(SPEC), qemu.restore_argv(SPEC, "/s/ram")
     only_boot = [arg for arg in boot if arg not in restore]
     only_restore = [arg for arg in restore if arg not in boot]
     assert only_boot == [

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .qmp import CHANNELS, FD_CONSOLE, FD_GO, FD_QMP, TB_SIZE_MIB, Vm
+from .qmp import CHANNELS, FD_CONSOLE, FD_GO, FD_QMP, FD_RAM, TB_SIZE_MIB, Vm
 
 #: The kernel command line. tsc_early_khz is appended: without a TSC of known frequency a TCG guest has a 4 ms clock.
 KERNEL_ARGS = (
@@ -62,7 +62,7 @@ def machine_args(spec: Spec) -> list[str]:
 
 
 def memory_args(spec: Spec, ram: str, *, shared: bool) -> list[str]:
-    """The guest's RAM: the file itself (shared, to make a snapshot) or a private view of it (to restore one)."""
+    """The guest's RAM: the file itself (shared, to make a snapshot) or a private view of one (to restore it)."""
     share = "on" if shared else "off"
     return ["-object", f"memory-backend-file,id=ram,size={spec.memory_mib}M,mem-path={_escape(ram)},share={share}"]
 
@@ -114,12 +114,12 @@ def console_args() -> list[str]:
     ]
 
 
-def boot_argv(spec: Spec, ram: str) -> list[str]:
-    """The command line that boots a VM to be snapshotted."""
+def boot_argv(spec: Spec) -> list[str]:
+    """The command line that boots a VM to be snapshotted, its memory being the file behind FD_RAM."""
     return [
         spec.qemu,
         *machine_args(spec),
-        *memory_args(spec, ram, shared=True),
+        *memory_args(spec, f"/dev/fd/{FD_RAM}", shared=True),
         *kernel_args(spec, stub=False),
         *drive_args(spec),
         *channel_args(),
@@ -151,6 +151,6 @@ def _escape(path: str) -> str:
     return path.replace(",", ",,")
 
 
-def boot(spec: Spec, ram: str, *, console: int) -> Vm:
-    """Start a VM from its kernel; `console` is a descriptor for the guest's serial output and QEMU's own messages."""
-    return Vm(boot_argv(spec, ram), extra={1: console, 2: console, FD_CONSOLE: console})
+def boot(spec: Spec, ram: int, *, console: int) -> Vm:
+    """Start a VM from its kernel; `ram` is a descriptor of its memory, `console` of its serial output and QEMU's own messages."""
+    return Vm(boot_argv(spec), extra={1: console, 2: console, FD_CONSOLE: console, FD_RAM: ram})

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 FD_QMP, FD_CONTROL, FD_STDOUT, FD_STDERR, FD_STDIN, FD_STATE, FD_CONSOLE, FD_LOCK, FD_LEASH, FD_FILES, FD_GO = range(
     200, 211
 )
+#: The memory of a VM that is booted to be frozen.
+FD_RAM = 211
 CHANNELS = (
     ("control", FD_CONTROL),
     ("stdout", FD_STDOUT),

@@ -23,7 +23,7 @@ from ..image.kernel import stub as kernel_stub
 from ..machine import Machine
 from ..pager import process as pager
 from ..wire import client, frames
-from . import engines, inventory, store
+from . import engines, inventory, readahead, store
 
 #: From one word of the guest to the next, the last being HELLO: all of it takes two minutes under TCG on two cores, but far more on a
 #: machine that does other things, too, and the start of the JVM alone six minutes under KVM in an emulated host.
@@ -237,16 +237,20 @@ def _fill(
             _write(f"{tmp}/kernel", kernel_stub(kernel.read()))
     _write(f"{tmp}/lock", b"")
     console = os.open(f"{tmp}/console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    ram = f"{tmp}/ram.boot"
     progress("boot", f"{spec.accel}, {spec.memory_mib} MiB, {spec.vcpus} vCPUs")
+
+    def keep(ram: str) -> str:
+        progress("compact", "")
+        return copy_sparse(ram, f"{tmp}/ram")
+
     try:
-        versions = engines.boot_and_freeze(
+        versions, digest = engines.boot_and_freeze(
             spec,
             tmp,
-            ram,
             console=console,
             wait_hello=lambda vm: _ready(vm, version, progress),
             timeout_s=BOOT_TIMEOUT_S,
+            keep=keep,
         )
     except DhgError as error:
         with open(f"{tmp}/console.log", errors="replace") as file:
@@ -254,9 +258,6 @@ def _fill(
         raise
     finally:
         os.close(console)
-    progress("compact", "")
-    digest = copy_sparse(ram, f"{tmp}/ram")
-    os.unlink(ram)
     os.unlink(spec.initramfs)
     files = {"ram": {"size": spec.memory_mib << 20, "disk": os.stat(f"{tmp}/ram").st_blocks * 512, "sha256": digest}}
     for name in own[1:]:
@@ -382,7 +383,8 @@ def _try(path: str, version: str, engine: str) -> None:
     """Restore the new generation and run a script, twice: a VMM that cannot do it must show here, not in `exec`, and so must a
     random number that two clones have in common (guest/reseed.py writes to where their generators were at the freeze).
 
-    Then find what the guest's monotonic clock says at the moment of a resume, and add it to `launch`.
+    Then find what the guest's monotonic clock says at the moment of a resume, and which pages a clone touches in any case, and add
+    both to `launch`.
     """
     lock = os.open(f"{path}/lock", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -396,13 +398,17 @@ def _try(path: str, version: str, engine: str) -> None:
             with Machine(snapshot) as machine:
                 base_ns, off_ns = machine.measure_base(rounds=CLOCK_ROUNDS, timeout_s=120.0)
             found.append((off_ns, base_ns))
+        ahead = b""
         if engine == "firecracker":
             _record_working_set(snapshot)
+        else:
+            ahead = _touched(snapshot)
     finally:
         os.close(lock)
     with open(f"{path}/launch", "rb") as file:
         launch = file.read()
-    _write(f"{path}/launch.tmp", launch + frames.field(store.L_BASE_NS, min(found)[1]))
+    launch += frames.field(store.L_BASE_NS, min(found)[1]) + frames.field(store.L_AHEAD, ahead)
+    _write(f"{path}/launch.tmp", launch)
     os.rename(f"{path}/launch.tmp", f"{path}/launch")
     sync_dir(path)
 
@@ -433,6 +439,15 @@ def _draw(snapshot: store.Snapshot) -> list[bytes]:
         said = b"".join(output).decode("utf-8", "replace")
         raise SnapshotError(f"the new snapshot does not run a script: exit {result.exit_code}", detail=said)
     return b"".join(output).split()
+
+
+def _touched(snapshot: store.Snapshot) -> bytes:
+    """The pages that a script touches which does next to nothing."""
+    output: list[bytes] = []
+    with Machine(snapshot) as machine:
+        request = client.Request(b"print('hello')")
+        machine.run(request, stdout=output.append, stderr=output.append, deadline=proc.Deadline(120.0))
+        return readahead.record(machine.vm.process.pid, f"{snapshot.path}/ram")
 
 
 #: What a typical script touches: an import, a table with a formula, an aggregation, a preview.

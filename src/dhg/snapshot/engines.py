@@ -92,30 +92,36 @@ def make_spec(
 
 
 def boot_and_freeze(
-    spec: Spec, folder: str, ram: str, *, console: int, wait_hello: WaitHello, timeout_s: float
-) -> dict[str, str]:
-    """Boot a VM and freeze it when it is ready: `state` in `folder` and the memory in the file `ram`; the guest's versions.
+    spec: Spec, folder: str, *, console: int, wait_hello: WaitHello, timeout_s: float, keep: Callable[[str], str]
+) -> tuple[dict[str, str], str]:
+    """Boot a VM and freeze it when it is ready: `state` in `folder`; the guest's versions, and what `keep` returns.
 
+    `keep` is called with the path of the file that has the guest's memory, which is gone afterwards.
     Raises `MachineError`, `DeadlineExceeded`, what `wait_hello` raises. No VM is left in any case.
     """
     state = f"{folder}/state"
     if isinstance(spec, firecracker.Spec):
+        ram = f"{folder}/ram.boot"
         with firecracker.boot(spec, console=console, timeout_s=timeout_s) as vm:
             versions = wait_hello(vm)
             firecracker.freeze(vm, state, ram)
         os.chmod(state, 0o600)
-        return versions
+        kept = keep(ram)
+        os.unlink(ram)
+        return versions, kept
+    # Not in the file that is kept: each page that is touched for the first time would be a block of the disk's to be found.
+    memory = os.memfd_create("dhg-ram")
     fd = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.close(os.open(ram, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
-        os.truncate(ram, spec.memory_mib << 20)
-        with qemu.boot(spec, ram, console=console) as booted:
+        os.truncate(memory, spec.memory_mib << 20)
+        with qemu.boot(spec, memory, console=console) as booted:
             qmp.prepare_freeze(booted, fd)
             versions = wait_hello(booted)
             qmp.freeze(booted, fd)
+        return versions, keep(f"/proc/self/fd/{memory}")
     finally:
         os.close(fd)
-    return versions
+        os.close(memory)
 
 
 def restore_argv(spec: Spec, ram: str) -> list[str]:

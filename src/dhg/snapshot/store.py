@@ -39,12 +39,24 @@ L_MEMORY_MIB = 8
 L_CPU = 9  # the CPU of the host that made it, where the guest sees that CPU (KVM)
 L_ENGINE_VERSION = 16  # where the restore depends on it
 L_BASE_NS = 7  # the guest's monotonic clock at the moment of a resume
+L_AHEAD = 17  # pages of `ram` that every clone touches, see readahead.py
 
 
 class Snapshot:
     """A snapshot that is locked against removal; `lock` is a descriptor to pass to the VMM and then close."""
 
-    __slots__ = ("accel", "argv", "base_ns", "engine", "engine_version", "lock", "memory_mib", "path", "version")
+    __slots__ = (
+        "accel",
+        "ahead",
+        "argv",
+        "base_ns",
+        "engine",
+        "engine_version",
+        "lock",
+        "memory_mib",
+        "path",
+        "version",
+    )
 
     def __init__(
         self,
@@ -58,6 +70,7 @@ class Snapshot:
         memory_mib: int,
         base_ns: int,
         engine_version: str = "",
+        ahead: bytes = b"",
     ) -> None:
         self.path = path
         self.version = version
@@ -71,6 +84,8 @@ class Snapshot:
         self.engine_version = engine_version
         #: The guest's monotonic clock at the moment of a resume; 0 while it is not known.
         self.base_ns = base_ns
+        #: Pages of `ram` to be read ahead, see readahead.py; empty where they are not known.
+        self.ahead = ahead
 
     @property
     def state(self) -> str:
@@ -207,6 +222,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         memory_mib = frames.integer(found[L_MEMORY_MIB][0])
         base_ns = frames.integer(found[L_BASE_NS][0]) if L_BASE_NS in found else 0
         engine_version = frames.text(found[L_ENGINE_VERSION][0]) if L_ENGINE_VERSION in found else ""
+        ahead = found[L_AHEAD][0] if L_AHEAD in found else b""
         for size, mtime_ns, name in checks:
             seen = stat_check(os.fsdecode(name))
             if seen != (int(size), int(mtime_ns)):
@@ -219,7 +235,16 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
     return Snapshot(
-        path, version, engine, accel, argv, lock, memory_mib=memory_mib, base_ns=base_ns, engine_version=engine_version
+        path,
+        version,
+        engine,
+        accel,
+        argv,
+        lock,
+        memory_mib=memory_mib,
+        base_ns=base_ns,
+        engine_version=engine_version,
+        ahead=bytes(ahead),
     )
 
 

@@ -1,0 +1,95 @@
+"""Reading a snapshot ahead of its VM when the host's page cache does not have it.
+
+A VM that pages its memory in waits for the disk a few pages at a time: after a reboot, or when the cache went to something else,
+that is most of a hello. Which pages those are repeats from clone to clone; `prepare` notes them, and a restore that finds them
+missing has the kernel read all of them while the VMM starts. Where they are in the cache that costs a look, some 20 us.
+
+A list is bytes: pairs of first page and count, unsigned 32 bit little-endian, ascending.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PAGE = 4096
+ENTRY = 8
+#: How many pages of the list are looked for, spread over it: the kernel may have kept a part.
+PROBES = 4
+#: Ranges this many pages apart are read as one: the disk reads on faster than it begins anew.
+GAP = 16
+# proc(5), pagemap: the page is in memory.
+_PRESENT = 1 << 63
+
+
+def start(path: str, pages: bytes) -> bool:
+    """Have the kernel read `pages` of the file `path`, unless they are in its cache; whether it does. Does not wait for the disk.
+
+    It only makes things faster, so whatever goes wrong is left to whoever reads the file next.
+    """
+    count = len(pages) // ENTRY
+    if not count:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if all(_cached(fd, _entry(pages, number * count // PROBES)[0]) for number in range(PROBES)):
+            return False
+        for number in range(count):
+            first, length = _entry(pages, number)
+            os.posix_fadvise(fd, first * PAGE, length * PAGE, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _entry(pages: bytes, number: int) -> tuple[int, int]:
+    at = number * ENTRY
+    return int.from_bytes(pages[at : at + 4], "little"), int.from_bytes(pages[at + 4 : at + 8], "little")
+
+
+def _cached(fd: int, page: int) -> bool:
+    try:
+        return os.preadv(fd, [bytearray(1)], page * PAGE, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+
+
+def record(pid: int, path: str) -> bytes:
+    """The pages of the file `path` that the process `pid` has mapped and touched (in steps of the kernel's fault-around, 64 KiB).
+
+    Empty where the kernel does not let us look.
+    """
+    path, touched = os.path.realpath(path), list[int]()
+    try:
+        with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+            for line in maps:
+                words = line.rstrip("\n").split(maxsplit=5)
+                if len(words) == 6 and words[5] == path:
+                    begin, end = (int(word, 16) for word in words[0].split("-"))
+                    first = int(words[2], 16) // PAGE
+                    entries = memoryview(os.pread(pagemap.fileno(), (end - begin) // PAGE * 8, begin // PAGE * 8)).cast(
+                        "Q"
+                    )
+                    touched += (first + number for number, entry in enumerate(entries) if entry & _PRESENT)
+    except OSError:
+        return b""
+    return pack(touched)
+
+
+def pack(touched: Sequence[int]) -> bytes:
+    """The list of some pages, in any order."""
+    ranges: list[list[int]] = []
+    for page in sorted(touched):
+        if ranges and page <= ranges[-1][1] + GAP:
+            ranges[-1][1] = page + 1
+        else:
+            ranges.append([page, page + 1])
+    return b"".join(first.to_bytes(4, "little") + (end - first).to_bytes(4, "little") for first, end in ranges)
