@@ -17,6 +17,7 @@ ALLOWED = {
     "dhg.machine",
     "dhg.proc",
     "dhg.snapshot",
+    "dhg.snapshot.readahead",
     "dhg.snapshot.store",
     "dhg.wire",
     "dhg.wire.client",

@@ -1,0 +1,91 @@
+"""Reading a snapshot ahead: lists of pages, and the look into the kernel's cache, on real files."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dhg.snapshot import readahead
+from dhg.snapshot.readahead import ENTRY, GAP, PAGE
+
+
+def ranges(pages: bytes) -> list[tuple[int, int]]:
+    return [readahead._entry(pages, number) for number in range(len(pages) // ENTRY)]
+
+
+@given(st.lists(st.integers(0, 5000)))
+def test_a_list_covers_its_pages_and_joins_what_is_near(touched: list[int]) -> None:
+    found = ranges(readahead.pack(touched))
+    covered = {page for first, count in found for page in range(first, first + count)}
+    assert set(touched) <= covered
+    for (first, count), (following, _) in itertools.pairwise(found):
+        assert following > first + count + GAP
+    for page in covered - set(touched):
+        assert any(abs(page - near) <= GAP for near in touched)
+
+
+def file_of(tmp_path: Path, pages: int) -> Path:
+    path = tmp_path / "ram"
+    with open(path, "wb") as file:
+        file.write(os.urandom(pages * PAGE))
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def drop(path: Path) -> None:
+    """Take a file that is on disk out of the page cache."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_reads_only_what_is_not_in_the_cache(tmp_path: Path) -> None:
+    path = file_of(tmp_path, 2000)
+    pages = readahead.pack([3, 700, 701, 1500])
+    path.read_bytes()
+    assert not readahead.start(str(path), pages)
+    drop(path)
+    assert readahead.start(str(path), pages)
+    # What it has started ends: then all of it is there, and nothing is left to be done.
+    with open(path, "rb") as file:
+        for first, count in ranges(pages):
+            os.pread(file.fileno(), count * PAGE, first * PAGE)
+    assert not readahead.start(str(path), pages)
+
+
+def test_a_part_that_was_dropped_is_noticed(tmp_path: Path) -> None:
+    path = file_of(tmp_path, 4000)
+    pages = readahead.pack([10, 1000, 2000, 3000])
+    drop(path)
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for page in (10, 1000, 3000):
+            os.pread(file.fileno(), PAGE, page * PAGE)
+    assert readahead.start(str(path), pages)
+
+
+def test_nothing_to_do_and_nothing_there(tmp_path: Path) -> None:
+    path = file_of(tmp_path, 1)
+    assert not readahead.start(str(path), b"")
+    assert not readahead.start(str(tmp_path / "missing"), readahead.pack([1]))
+    # Beyond the end, as a damaged list might have it.
+    readahead.start(str(path), readahead.pack([1 << 31]))
+
+
+def test_records_what_a_process_touched(tmp_path: Path) -> None:
+    path = file_of(tmp_path, 1024)
+    drop(path)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as mapped:
+        mapped.madvise(mmap.MADV_RANDOM)
+        assert mapped[PAGE * 5 : PAGE * 5 + 1] and mapped[PAGE * 900 : PAGE * 900 + 1]
+        found = ranges(readahead.record(os.getpid(), str(path)))
+    covered = {page for first, count in found for page in range(first, first + count)}
+    assert {5, 900} <= covered
+    # In steps of what the kernel maps around a fault.
+    assert len(covered) <= 4 * 16
+    assert readahead.record(os.getpid(), str(tmp_path / "another")) == b""
