@@ -203,7 +203,13 @@ def test_a_stopped_vmm_does_not_outlive_the_timeout() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
 def test_a_client_killed_by_any_signal_takes_its_vm_along(number: signal.Signals) -> None:
-    process, qemu = _start("print('up'); import time; time.sleep(100)")
+    # What runs in a shell's background ignores some, and so would a client that inherits it.
+    before = None if number == signal.SIGKILL else signal.signal(number, signal.SIG_DFL)
+    try:
+        process, qemu = _start("print('up'); import time; time.sleep(100)")
+    finally:
+        if before is not None:
+            signal.signal(number, before)
     process.send_signal(number)
     process.communicate(timeout=DEADLINE_S)
     assert gone(qemu, 1.0)
