@@ -1,7 +1,6 @@
 """The archive of classes (class data sharing) in a root image: made by the image's own JVM, natively, in its tree.
 
-Under emulation the start of the JVM and the first query of a kind are mostly the loading of classes; out of an archive they are
-mapped.
+Under emulation the start of the JVM is mostly the loading of classes; out of an archive they are mapped.
 An image without one works the same, slower; so does one whose archive the JVM does not accept.
 """
 
@@ -50,7 +49,9 @@ def make(tree: str, log: str, *, mounts: bool) -> bool:
         if mounts:
             run(tree, [PYTHON, "-c", _MAIN], mounts=True, timeout_s=TIMEOUT_S, log=log)
     except (proc.CommandFailed, DeadlineExceeded):
-        pass
+        # Half of one is none.
+        if os.path.exists(f"{tree}/{ARCHIVE}"):
+            os.unlink(f"{tree}/{ARCHIVE}")
     finally:
         remove_tree(work)
     made = os.path.isfile(f"{tree}/{ARCHIVE}")

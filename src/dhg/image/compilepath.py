@@ -25,7 +25,6 @@ _VERSIONED = re.compile(r"META-INF/versions/([0-9]+)/(.+)")
 #: A time of zip's, in an archive that does not depend on when it is made.
 _TIME = (1980, 1, 1, 0, 0, 0)
 
-
 #: What the result depends on beside the jars, for the stage's key.
 INPUTS = (JAR, LIST, str(APART), OWN, str(RELEASE))
 
@@ -62,7 +61,12 @@ def _read(path: str) -> _Jar:
 
 
 def make(tree: str, jars: str) -> None:
-    """Write both files into `tree` for the jars in its directory `jars` (a path in the guest), taken in the order of their names."""
+    """Write both files into `tree` for the jars in its directory `jars` (a path in the guest), taken in the order of their names.
+
+    Nothing where a release of Deephaven has its jars elsewhere.
+    """
+    if not os.path.isdir(tree + jars):
+        return
     read = [_read(f"{tree}{jars}/{name}") for name in sorted(os.listdir(tree + jars)) if name.endswith(".jar")]
     others = [jar for jar in read if not os.path.basename(jar.path).startswith(OWN)]
     apart = {jar.path for jar in sorted(others, key=lambda jar: -jar.size)[:APART]}

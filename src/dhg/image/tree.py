@@ -16,13 +16,17 @@ COMPILE = (PYTHON, "-m", "compileall", "-q", "-f", "--invalidation-mode", "unche
 
 
 def run(tree: str, argv: list[str], *, mounts: bool, timeout_s: float, log: str) -> None:
-    """Run a program in `tree` as root, or as what a user namespace calls so; with `mounts` it has /proc, /dev and an empty /tmp.
+    """Run a program in `tree` as root, or as what a user namespace calls so.
+
+    With `mounts` it has /proc, /dev, and /tmp and /root of its own.
 
     Raises what `proc.run` raises.
     """
     where = shlex.quote(tree)
     # Mounts end with the namespace, so the tree can be removed whatever happens.
-    mount = f"mount -t proc proc {where}/proc && mount --rbind /dev {where}/dev && mount -t tmpfs tmpfs {where}/tmp && "
+    mount = f"mount -t proc proc {where}/proc && mount --rbind /dev {where}/dev && "
+    # What a program leaves in them is not the image's.
+    mount += "".join(f"mount -t tmpfs tmpfs {where}/{name} && " for name in ("tmp", "root"))
     user = ["-r"] if os.geteuid() else []
     if mounts:
         shell = ["sh", "-c", f'{mount}exec chroot {where} "$@"', "sh"]

@@ -55,7 +55,7 @@ def check_host(version: str, memory_mib: int, engine: str, binary: str | None) -
     engines.version(engine, engines.program(engine, binary))
     root = private_dir(config.home())
     free = shutil.disk_usage(root).free
-    disk_mib = {"base": 1024, "image": 512 if version == config.BARE else 1792}
+    disk_mib = {"base": 1024, "image": 512 if version == config.BARE else 3072}
     needed_mib = memory_mib + 256 + sum(disk_mib[stage] for stage in to_build)
     if free >> 20 < needed_mib:
         raise HostError(
