@@ -205,7 +205,11 @@ def _start(snapshot: store.Snapshot) -> Vm:
     finally:
         os.close(state)
     # While QEMU starts; its own files are read at the same time.
-    readahead.start(f"{snapshot.path}/ram", snapshot.ahead)
+    try:
+        readahead.start(f"{snapshot.path}/ram", snapshot.ahead)
+    except BaseException:
+        vm.close()
+        raise
     return vm
 
 

@@ -90,21 +90,21 @@ def _shorten_compile_path() -> None:
         jpy.get_type("java.lang.System").setProperty("java.class.path", ":".join(names))
 
 
-def start_server(log: Callable[[str], None], args: list[str]) -> dict[str, str]:
-    """Start Deephaven in this process; the versions of what runs."""
+def start_server(log: Callable[[str], None], args: list[str], *, image: bool) -> dict[str, str]:
+    """Start Deephaven in this process; the versions of what runs. `image` says that this is our image and not the host."""
     log("starting the JVM")
     from deephaven_server import Server
 
-    _sort_class_path()
-    told = "JAVA_HOME" in os.environ
-    if not told and os.path.isdir(JAVA_HOME):
+    if image:
+        _sort_class_path()
         os.environ["JAVA_HOME"] = JAVA_HOME
     server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS)
-    if not told:
-        os.environ.pop("JAVA_HOME", None)
     log("starting the server")
     server.start()
-    _shorten_compile_path()
+    if image:
+        # It is for Deephaven, not for scripts.
+        del os.environ["JAVA_HOME"]
+        _shorten_compile_path()
     import deephaven
     import jpy
     import numpy

@@ -107,10 +107,13 @@ def plain_values(head: Any, kinds: list[tuple[str, str]]) -> dict[str, list[Any]
         return None
     import jpy
 
-    vectors = jpy.get_type("io.deephaven.engine.table.vectors.ColumnVectors")
     found: dict[str, list[Any]] = {}
     for name, kind in kinds:
-        values = list(vectors.of(head.j_table, name).copyToArray())
+        try:
+            vectors = jpy.get_type("io.deephaven.engine.table.vectors.ColumnVectors")
+            values = list(vectors.of(head.j_table, name).copyToArray())
+        except Exception:
+            return None  # a release that has it elsewhere
         null = _PLAIN[kind]
         if null is not None:
             values = [None if value == null else value for value in values]

@@ -336,7 +336,7 @@ def main_embedded(control: int, stdin: int, stdout: int, stderr: int) -> None:
 
     runner = Runner(control, clone=False)
     runner.own_main()
-    versions = jvm.start_server(lambda text: log(control, text), jvm.JVM_ARGS)
+    versions = jvm.start_server(lambda text: log(control, text), jvm.JVM_ARGS, image=False)
     runner.finder = preview.Finder()
     runner.stdin = stdio.attach(stdin, stdout, stderr)
     runner.prepare_interrupt()

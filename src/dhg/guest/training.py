@@ -32,7 +32,7 @@ def main(archive: str, heap_mib: str) -> None:
     """Train, and end the JVM, which writes the archive."""
     args = [f"-Xmx{heap_mib}m", *jvm.JVM_ARGS, *jvm.JVM_ARGS_VM, f"-XX:ArchiveClassesAtExit={archive}"]
     # It names each of a thousand classes that it leaves out, generated ones and those of a time before Java 6.
-    jvm.start_server(lambda text: None, [*args, "-Xlog:cds=off", "-Xlog:cds+dynamic=off"])
+    jvm.start_server(lambda text: None, [*args, "-Xlog:cds=off", "-Xlog:cds+dynamic=off"], image=True)
     finder = preview.Finder()
     for name, source in (*queries.WARM_UP.items(), ("training", queries.TRAINING)):
         names: dict[str, Any] = {"__name__": "__main__"}

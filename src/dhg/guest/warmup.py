@@ -27,7 +27,7 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     """Start the server, where the image has one, and run the warm-up scripts; the versions of what runs."""
     if importlib.util.find_spec("deephaven_server") is None:
         return warm_up_bare(runner, log)
-    versions = jvm.start_server(log, jvm.vm_args())
+    versions = jvm.start_server(log, jvm.vm_args(), image=True)
     frames_without_source()
     runner.finder = preview.Finder()
     # The exit handlers of the server and of pandas are for the end of this process, not of a script.

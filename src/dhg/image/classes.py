@@ -29,7 +29,7 @@ def sources() -> str:
     """What an archive is made with, as an input of a stage's key."""
     files = kernel.guest_files()
     used = ("jvm", "queries", "training", "preview")
-    return "\0".join(files[f"dhg/lib/dhg/guest/{name}.py"].decode() for name in used)
+    return "\0".join([_MAIN, *(files[f"dhg/lib/dhg/guest/{name}.py"].decode() for name in used)])
 
 
 def make(tree: str, log: str, *, mounts: bool) -> bool:

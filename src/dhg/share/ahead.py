@@ -52,6 +52,8 @@ GAP = 3
 FIRST_WINDOW = 4
 #: A file may change twice within one tick of the clock by which the kernel notes it: one that has just changed is not sent ahead.
 TICK_NS = 20_000_000
+#: The same where times are whole seconds: those file systems have steps of up to two (FAT).
+COARSE_TICK_NS = 2_000_000_000
 
 
 class Record:
@@ -169,12 +171,15 @@ class Ahead:
     def looked_up(self, parent: Node, name: bytes, node: Node, found: os.stat_result) -> None:
         """A file was looked up, and the reply will say `found` of it."""
         stream = self._stream(parent.id, name)
-        old = self._records.get(node.id)
-        if old is not None and time.monotonic() - old.since > AHEAD_S:
-            self.drop(old)
-        if stream.opened and stream.wasted < AHEAD_COUNT and node.id not in self._records:
+        self._drop_old()
+        if (
+            stream.opened
+            and stream.wasted < AHEAD_COUNT
+            and node.id not in self._records
+            and len(self._records) < MAX_RECORDS
+        ):
             stream.wasted += 1
-            self._send_one(stream, parent, name, told=version_of(found))
+            self._send_one(stream, parent, name, looked=(node, version_of(found)))
         self._go_on(stream, parent, name)
 
     def opened(self, node: Node) -> None:
@@ -189,7 +194,11 @@ class Ahead:
     def seen(self, node_id: int) -> None:
         """The relay has answered the LOOKUP of one it had."""
         record = self._records.get(node_id)
-        if record is None or record.seen:
+        if record is None:
+            return
+        if record.seen:
+            # Once more: the guest's kernel has dropped the name and asked again.
+            record.node.lookups += 1
             return
         record.seen = True
         record.node.told = record.version
@@ -227,6 +236,12 @@ class Ahead:
         """The guest makes, removes or moves a name."""
         self.drop(self._places.get((parent.id, name)))
 
+    def named(self, parent: Node, name: bytes, node: Node | None) -> None:
+        """The guest is about to be told which file a name means, or that it means none."""
+        record = self._places.get((parent.id, name))
+        if record is not None and record.node is not node:
+            self.drop(record)
+
     def written(self, share: Share) -> None:
         """The guest writes to a share: others may show the same files."""
         if self._records:
@@ -250,6 +265,16 @@ class Ahead:
     def drop_all(self) -> None:
         """Take all of them back."""
         self.drop(*list(self._records.values()))
+
+    def _drop_old(self) -> None:
+        """Take back what is too old to be used."""
+        now = time.monotonic()
+        old = []
+        for record in self._records.values():
+            if now - record.since <= AHEAD_S:
+                break
+            old.append(record)
+        self.drop(*old)
 
     def _remove(self, record: Record) -> None:
         del self._records[record.node.id]
@@ -283,7 +308,7 @@ class Ahead:
             stream.set_names(self._list(parent, name))
         if not stream.follows(last, name):
             return
-        self.drop(*[record for record in self._records.values() if now - record.since > AHEAD_S])
+        self._drop_old()
         for following in stream.after(name):
             if (parent.id, following) not in self._places and len(self._records) < MAX_RECORDS:
                 stream.sent += self._send_one(stream, parent, following)
@@ -312,9 +337,12 @@ class Ahead:
             pass
         return names
 
-    def _send_one(self, stream: Stream, parent: Node, name: bytes, *, told: Version | None = None) -> bool:
-        """Send a file, if it is one that can be; `told` is what the guest is being told of it anyway."""
+    def _send_one(
+        self, stream: Stream, parent: Node, name: bytes, *, looked: tuple[Node, Version] | None = None
+    ) -> bool:
+        """Send a file, if it is one that can be; `looked` is what the guest is being told of it anyway."""
         tables = self._tables
+        told = looked[1] if looked else None
         if hidden(parent, name, directory=False) or len(tables.nodes) >= nodes.MAX_NODES // 2:
             return False
         try:
@@ -328,6 +356,8 @@ class Ahead:
             if not S_ISREG(found.st_mode) or found.st_nlink != 1 or not settled(found):
                 return False
             node = tables.find(parent, name, found)
+            if looked and node is not looked[0]:
+                return False  # the name means another file by now
             if node is not None and (
                 # One that is open may have pages that are being read, for which NOTIFY_STORE would wait.
                 node.open
@@ -397,4 +427,5 @@ def ending(name: bytes) -> bytes:
 
 def settled(found: os.stat_result) -> bool:
     """Whether a file's times say so if it is changed from now on."""
-    return time.time_ns() - max(found.st_ctime_ns, found.st_mtime_ns) > TICK_NS
+    latest = max(found.st_ctime_ns, found.st_mtime_ns)
+    return time.time_ns() - latest > (TICK_NS if latest % 1_000_000_000 else COARSE_TICK_NS)

@@ -137,7 +137,9 @@ class Reader:
             os.close(fd)
         if hidden(parent, name, directory=S_ISDIR(found.st_mode)):
             raise refuse(errno.ENOENT)
-        return self.tables.see(parent, name, found), found
+        node = self.tables.see(parent, name, found)
+        self.ahead.named(parent, name, node)
+        return node, found
 
     # Looking.
 
@@ -153,6 +155,7 @@ class Reader:
         try:
             node, found = self._see(parent, name)
         except FileNotFoundError:
+            self.ahead.named(parent, name, None)
             # A name that is not there may be taken as such for as long as one that is: that is node 0.
             return ENTRY_OUT.pack(0, 0, VALID_S, 0, 0, 0) + bytes(ATTR.size)
         entry = self._entry(node, found)
@@ -333,9 +336,12 @@ class Reader:
         size = found.st_size
         if node.open or not 0 < size <= SMALL:
             return 0
-        data = os.pread(fd, size, 0)
-        if len(data) != size or version_of(os.fstat(fd)) != version:
-            return 0
+        try:
+            data = os.pread(fd, size, 0)
+            if len(data) != size or version_of(os.fstat(fd)) != version:
+                return 0
+        except OSError:
+            return 0  # whoever reads it will be told
         body = STORE_OUT.pack(node.id, 0, size) + data
         self.send(OUT.pack(OUT.size + len(body), NOTIFY_STORE, 0) + body)
         return KEEP_CACHE
