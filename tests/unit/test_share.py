@@ -577,6 +577,57 @@ def test_what_was_sent_along_and_is_too_old_is_taken_back(
     assert file.handle not in guest.server.tables.handles
 
 
+def test_what_is_looked_up_and_never_opened_does_not_pile_up(start: Start, folders: list[Path]) -> None:
+    # Names of which none follows another: each is sent with its look-up, for the directory's files are being read.
+    names = numbered(folders[0], 900)
+    random.Random(3).shuffle(names)
+    guest = start(max_handles=4096)
+    for looked, opened in zip(names[0:600:2], names[1:600:2], strict=True):
+        guest.lookup(READ_ONLY, looked)
+        guest.open(guest.lookup(READ_ONLY, opened))
+        assert len(guest.server.files.ahead._records) <= ahead.MAX_RECORDS
+    time.sleep(protocol.AHEAD_S + 0.05)
+    guest.lookup(READ_ONLY, names[700])
+    assert len(guest.server.files.ahead._records) <= 1
+
+
+@pytest.mark.parametrize("by", ["look-up", "listing"])
+def test_a_name_that_means_another_file_by_now_is_taken_back_first(start: Start, folders: list[Path], by: str) -> None:
+    numbered(folders[0], 20)
+    guest = start()
+    file = follow(guest, READ_ONLY)["f4.txt"]
+    (folders[0] / "other").write_text("other")
+    os.replace(folders[0] / "other", folders[0] / "f4.txt")
+    if by == "look-up":
+        assert guest.lookup(READ_ONLY, "f4.txt") != file.node
+    else:
+        guest.names(READ_ONLY, plus=True)
+    assert gone(guest, file)
+    assert file.handle not in guest.server.tables.handles
+
+
+def test_a_read_that_fails_at_an_open_leaves_no_descriptor(
+    start: Start, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered(folders[0], 3)
+    guest = start()
+    node = guest.lookup(READ_ONLY, "f1.txt")
+
+    def fails(*_: object) -> bytes:
+        raise OSError(errno.EIO, "broken disk")
+
+    def beside_handles() -> int:
+        return len(os.listdir("/proc/self/fd")) - len(guest.server.tables.handles)
+
+    before = beside_handles()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fails)
+        handle = guest.open(node)
+    guest.send(protocol.RELEASE, node, protocol.RELEASE_IN.pack(handle))
+    assert guest.lookup(READ_ONLY, "f1.txt") == node
+    assert beside_handles() == before
+
+
 def test_handles_that_were_opened_ahead_give_way(start: Start, folders: list[Path]) -> None:
     numbered(folders[0], 100)
     guest = start()
