@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import run_dhg
 from tests.firecracker.conftest import make_snapshot, requests, stand_in
+from tests.kvm.checks import TABLE
 
 from dhg import machine, proc
 from dhg.engine import fcapi, firecracker
@@ -193,23 +194,6 @@ except OSError as error:
 with open('/mnt/more/c.txt', 'w') as file:
     file.write('from the VM')
 os.rename('/mnt/more/c.txt', '/mnt/more/d.txt')
-"""
-
-#: What `--output` takes for a table where there is no Deephaven.
-TABLE = """
-import sys, types
-
-class Table:
-    is_refreshing = False
-
-def write_csv(table, path):
-    with open(path, 'w') as file:
-        file.write('x\\n1\\n')
-
-deephaven, table = types.ModuleType('deephaven'), types.ModuleType('deephaven.table')
-deephaven.write_csv, table.Table = write_csv, Table
-sys.modules.update({'deephaven': deephaven, 'deephaven.table': table})
-t = Table()
 """
 
 

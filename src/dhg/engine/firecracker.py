@@ -296,11 +296,13 @@ class Vm:
                 if _greeted(found[0], limit):
                     self.files = vsock.connect(path, vsock.FILES, limit)
                     self.control, self.stdout, self.stderr, self.stdin = found
+                    found = []
                     return
             except (vsock.Refused, DeadlineExceeded) as error:
                 last = error
-            for sock in found:
-                sock.close()
+            finally:
+                for sock in found:
+                    sock.close()
             if self.process.wait(vsock.PAUSE_S) is not None:
                 raise MachineError(f"Firecracker ended with status {self.process.status}")
             if deadline.left() == 0.0:
