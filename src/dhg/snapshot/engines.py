@@ -111,7 +111,7 @@ def boot_and_freeze(
         return versions, kept
     # Not in the file that is kept: each page that is touched for the first time would be a block of the disk's to be found.
     memory = os.memfd_create("dhg-ram")
-    fd = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = os.open(state, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         os.truncate(memory, spec.memory_mib << 20)
         with qemu.boot(spec, memory, console=console) as booted:
