@@ -4,6 +4,7 @@ Guest code: text only.
 """
 
 # What scripts do first, so that its classes are loaded, its code compiled and its modules imported. Each leaves nothing behind.
+# `turn` is another number each time: a formula that has been compiled once is not compiled again.
 WARM_UP = {
     "update, where, agg_by, join, sort": """
 from deephaven import agg, empty_table
@@ -12,8 +13,9 @@ from deephaven.column import double_col, int_col, long_col, string_col
 for n in 1, 1000, 1_000_000:
     t = empty_table(n).update('x = i')
     assert t.size == n
-t = empty_table(1000).update(['g = ii % 7', 's = `s` + g', 'v = i * 0.5', 'ts = now()'])
-assert t.where(['g > 2', 's != `s5`']).size > 0
+t = empty_table(1000).update(['g = ii % 7', 's = `s` + g', f'v = i * {turn}.5', 'ts = now()'])
+assert t.where([f'g > {turn % 3}', 's != `s5`']).size > 0
+assert t.update(f'w = sqrt(v) + {turn}').size == t.update_view([f'u = g == {turn} ? v : 0.0', 'r = s.length()']).size
 assert t.agg_by([agg.sum_('sv = v'), agg.avg('av = v'), agg.count_('n')], by=['g']).size == 7
 assert t.view(['g', 'v']).sum_by('g').size == t.last_by('g').size
 right = new_table([long_col('g', [0, 1]), string_col('name', ['a', 'b']), int_col('n', [1, 2]), double_col('d', [1.0, 2.0])])
@@ -46,7 +48,7 @@ os.unlink('/tmp/warm2.csv')
     "parquet": """
 import os
 from deephaven import empty_table, parquet
-t = empty_table(1000).update(['x = i', 's = `a` + i', 'd = i / 3.0'])
+t = empty_table(1000).update(['x = i', 's = `a` + i', f'd = i / 3.{turn}'])
 parquet.write(t, '/tmp/warm.parquet')
 assert parquet.read('/tmp/warm.parquet').select().size == 1000
 os.unlink('/tmp/warm.parquet')

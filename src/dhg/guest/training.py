@@ -35,7 +35,7 @@ def main(archive: str, heap_mib: str) -> None:
     jvm.start_server(lambda text: None, [*args, "-Xlog:cds=off", "-Xlog:cds+dynamic=off"], image=True)
     finder = preview.Finder()
     for name, source in (*queries.WARM_UP.items(), ("training", queries.TRAINING)):
-        names: dict[str, Any] = {"__name__": "__main__"}
+        names: dict[str, Any] = {"__name__": "__main__", "turn": 1}
         for line in run(source, names):
             print(f"{name}: {line}", file=sys.stderr)
         for _ in finder.texts_and_data(names, 10, meta=True, data=True):

@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import jvm, memory, preview, queries, reseed, script
+from . import hotspot, jvm, memory, preview, queries, reseed, script
 
-#: How often all warm-up scripts are run once more.
+#: How often all warm-up scripts are run.
 PASSES = 3
 
 
@@ -32,15 +32,15 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     runner.finder = preview.Finder()
     # The exit handlers of the server and of pandas are for the end of this process, not of a script.
     script.settle()
-    for name, source in queries.WARM_UP.items():
-        log(f"warm-up: {name}")
-        rehearse(runner.finder, name, source)
-    # What was needed once only is given back, and what is not quite hot enough to be compiled becomes so.
-    memory.release_files()
-    for number in range(PASSES):
-        log(f"warm-up: all of it, pass {number + 2}")
+    for number in range(1, PASSES + 1):
         for name, source in queries.WARM_UP.items():
-            rehearse(runner.finder, name, source)
+            log(f"warm-up {number} of {PASSES}: {name}")
+            rehearse(runner.finder, name, source, number)
+        if number == PASSES - 1:
+            # What was needed once only is given back, and what is used again is read again.
+            memory.release_files()
+    if jvm.is_emulated():
+        compile_late(log)
     rehearse_failure()
     runner.jvm = reseed.Jvm()
     log("collecting garbage")
@@ -90,9 +90,21 @@ class _Frames:
         return found
 
 
-def rehearse(finder: preview.Finder, name: str, source: str) -> None:
+def compile_late(log: Callable[[str], None]) -> None:
+    """Have the JVM compile methods from now on that run very often, and no others.
+
+    Under emulation the first method that is compiled costs a clone 80 ms, because the compiler itself has to be translated, and a
+    script that is done within a second does not get it back. What scripts are likely to run has been compiled by now (jvm.vm_args).
+    """
+    try:
+        hotspot.set_flags(hotspot.COMPILE_LATE)
+    except LookupError as error:
+        log(f"clones compile as soon as the warm-up did: {error}")
+
+
+def rehearse(finder: preview.Finder, name: str, source: str, turn: int) -> None:
     """Run a script the way a user's is, with its table previews. Raises `RuntimeError` if it fails."""
-    names: dict[str, Any] = {"__name__": "__main__"}
+    names: dict[str, Any] = {"__name__": "__main__", "turn": turn}
     outcome = script.Script(source.encode(), f"<warm-up {name}>", [], names).run()
     if outcome.exit_code:
         raise RuntimeError(f"the warm-up script {name!r} failed: {outcome.error}")
@@ -113,26 +125,25 @@ def rehearse_failure() -> None:
 
 
 #: How long the other threads are watched, and how finely.
-WATCH_S = 3.0
+WATCH_S = 2.0
 STEP_S = 0.01
 
 
 def wait_for_quiet() -> None:
-    """Return at the beginning of the longest time in which no other thread of this process is about to run.
+    """Return at the moment of a second after which the other threads of this process leave a clone alone for the longest time.
 
-    What wakes up does so once a second (the update graph, cleaners). Frozen right after, a clone runs its first hundred
-    milliseconds undisturbed: under emulation what such a thread executes would have to be translated first.
+    What wakes up does so once a second (the update graph, cleaners). Frozen right after, a clone runs its first half second
+    undisturbed: under emulation what such a thread executes would have to be translated first.
     """
     steps = round(1 / STEP_S)
-    busy = [False] * steps
-    switches = _switches()
+    load = [0] * steps
+    last = _cpu_times()
     end = time.monotonic() + WATCH_S
     while (now := time.monotonic()) < end:
         time.sleep(STEP_S - now % STEP_S)
-        switches, before = _switches(), switches
-        if switches != before:
-            busy[int(now / STEP_S) % steps] = True
-    start, _ = longest_gap(busy)
+        last, before = _cpu_times(), last
+        load[int(now / STEP_S) % steps] += sum(time_ns - before.get(thread, 0) for thread, time_ns in last.items())
+    start = quietest(load)
     # One step later: what made the last one busy may not be done.
     time.sleep((((start + 1) * STEP_S) - time.monotonic()) % 1.0)
     # What the kernel puts off while it idles (deferrable timers, RCU) it does at the first ticks after: now, and not in a clone.
@@ -143,26 +154,20 @@ def wait_for_quiet() -> None:
         time.sleep(STEP_S / 2)
 
 
-def longest_gap(busy: list[bool]) -> tuple[int, int]:
-    """Start and length of the longest run of False in a list that is taken as a circle."""
-    best = (0, 0)
-    for start in range(len(busy)):
-        length = 0
-        while length < len(busy) and not busy[(start + length) % len(busy)]:
-            length += 1
-        if length > best[1]:
-            best = (start, length)
-    return best
+def quietest(load: list[int]) -> int:
+    """The start in a list, taken as a circle, from which what is in it comes latest: all of it counts, the sooner the more."""
+    size = len(load)
+    return min(range(size), key=lambda start: sum(load[(start + n) % size] * (size - n) for n in range(size)))
 
 
-def _switches() -> int:
-    """How often the threads of this process, the calling one left out, have been given the CPU (third field of schedstat)."""
-    total = 0
+def _cpu_times() -> dict[str, int]:
+    """The CPU time of each thread of this process but the calling one, in ns (schedstat's first field)."""
+    found = {}
     for name in os.listdir("/proc/self/task"):
         if int(name) != threading.get_native_id():
             try:
                 with open(f"/proc/self/task/{name}/schedstat", "rb") as file:
-                    total += int(file.read().split()[2])
+                    found[name] = int(file.read().split()[0])
             except OSError:
                 pass
-    return total
+    return found
