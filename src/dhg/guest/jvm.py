@@ -10,13 +10,19 @@ import os
 import sys
 from collections.abc import Callable
 
+from . import hotspot
+
 #: Where Debian has the image's JVM: without being told, Deephaven starts one more to ask it, two seconds under emulation.
 JAVA_HOME = "/usr/lib/jvm/java-17-openjdk-amd64"
 #: The archive of classes in the image (class data sharing), where one could be made.
 CLASSES = "/usr/local/lib/dhg/classes.jsa"
 
-#: Names the archives that formulas are compiled against, a line each, where the image has them (image/compilepath.py).
-COMPILE_PATH = "/usr/local/lib/dhg/compile.path"
+#: Which package has which classes, and in which jar (image/compilepath.py).
+INDEX = "/usr/local/lib/dhg/classes.index"
+#: Our own classes in the image (image/java.py).
+OWN_JAR = "/usr/local/lib/dhg/guest.jar"
+#: What of javac's ReusingCompiler.java uses.
+JVM_ARGS_OWN = ["--add-exports=jdk.compiler/com.sun.tools.javac.api=ALL-UNNAMED"]
 
 JVM_ARGS = [
     # One VM, few cores, a small heap: the serial collector has no threads of its own that wake up.
@@ -41,8 +47,9 @@ JVM_ARGS_VM = [
 ]
 
 # Under software emulation: C2's own work costs far more than its code gains within the life of a script, and
-# verifying classes takes a sixth of the start.
+# verifying classes takes a sixth of the start. What the warm-up runs a few times is compiled.
 JVM_ARGS_TCG = ["-XX:TieredStopAtLevel=1", "-XX:-BytecodeVerificationRemote"]
+JVM_ARGS_TCG += [f"-XX:{name}={value}" for name, value in hotspot.COMPILE_SOON.items()]
 
 #: The archive where it was made for, so that its pages stay those of the file: Debian's default moves it, and writes to all of them.
 JVM_ARGS_CLASSES = [f"-XX:SharedArchiveFile={CLASSES}", "-XX:ArchiveRelocationMode=0"]
@@ -51,15 +58,19 @@ JVM_ARGS_CLASSES = [f"-XX:SharedArchiveFile={CLASSES}", "-XX:ArchiveRelocationMo
 HARMLESS = ["-XX:+OmitStackTraceInFastThrow"]
 
 
-def vm_args() -> list[str]:
-    """The JVM's options for this VM: half of its memory as heap, and what suits the acceleration that the host told."""
+def is_emulated() -> bool:
+    """Whether this VM runs under software emulation: the host tells by the kernel's command line."""
     with open("/proc/cmdline") as file:
-        words = file.read().split()
+        return "dhg.accel=tcg" in file.read().split()
+
+
+def vm_args() -> list[str]:
+    """The JVM's options for this VM: half of its memory as heap, and what suits the acceleration."""
     with open("/proc/meminfo") as file:
         heap_mib = int(file.readline().split()[1]) >> 11
     # A young generation that scripts need not collect at once. It is all zeros at the freeze, so its size costs nothing.
     args = [f"-Xmx{heap_mib}m", f"-XX:NewSize={heap_mib // 8}m", *JVM_ARGS, *JVM_ARGS_VM]
-    args += JVM_ARGS_TCG if "dhg.accel=tcg" in words else []
+    args += JVM_ARGS_TCG if is_emulated() else []
     return args + (JVM_ARGS_CLASSES if os.path.exists(CLASSES) else [])
 
 
@@ -72,22 +83,16 @@ def _sort_class_path() -> None:
         vars(start_jvm)["_jars"] = lambda: iter(jars)
 
 
-#: Archives that are held open: the compiler opens each anew for each formula, which is cheap while it is open already.
-_held: list[object] = []
+def _reuse_compiler(log: Callable[[str], None]) -> None:
+    """Have formulas compiled by a javac that keeps what it has read of the class path (ReusingCompiler.java)."""
+    import jpy
 
-
-def _shorten_compile_path() -> None:
-    """Have formulas compiled against the image's few archives instead of the server's hundreds of jars.
-
-    Deephaven passes this property to javac with each formula (QueryCompilerImpl). It is set once the JVM's own class path is made.
-    """
-    if os.path.exists(COMPILE_PATH):
-        import jpy
-
-        with open(COMPILE_PATH) as file:
-            names = file.read().split()
-        _held.extend(jpy.get_type("java.util.zip.ZipFile")(name) for name in names)
-        jpy.get_type("java.lang.System").setProperty("java.class.path", ":".join(names))
+    owner = jpy.get_type("io.deephaven.engine.context.QueryCompilerImpl").jclass
+    try:
+        jpy.get_type("ReusingCompiler").install(owner, "compiler", INDEX)
+    except RuntimeError as error:
+        # Another release, which has it elsewhere. It works; formulas are slower.
+        log(f"each formula is compiled by a javac of its own: {str(error).splitlines()[0]}")
 
 
 def start_server(log: Callable[[str], None], args: list[str], *, image: bool) -> dict[str, str]:
@@ -98,13 +103,14 @@ def start_server(log: Callable[[str], None], args: list[str], *, image: bool) ->
     if image:
         _sort_class_path()
         os.environ["JAVA_HOME"] = JAVA_HOME
-    server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS)
+        args = [*args, *JVM_ARGS_OWN]
+    server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS, extra_classpath=[OWN_JAR] if image else None)
     log("starting the server")
     server.start()
     if image:
         # It is for Deephaven, not for scripts.
         del os.environ["JAVA_HOME"]
-        _shorten_compile_path()
+        _reuse_compiler(log)
     import deephaven
     import jpy
     import numpy

@@ -75,23 +75,12 @@ def python(cells: Cells) -> None:
 
 
 class Jvm:
-    """The JVM's generators, found by Cells.java, which the JVM itself compiles. Raises `RuntimeError`."""
+    """The JVM's generators, found by Cells.java, which is in the image's own jar (jvm.py). Raises `RuntimeError`."""
 
     def __init__(self) -> None:
         import jpy
 
-        with tempfile.TemporaryDirectory() as folder:
-            source = os.path.join(os.path.dirname(__file__), "Cells.java")
-            byte_stream = jpy.get_type("java.io.ByteArrayOutputStream")()
-            output = jpy.get_type("java.io.PrintStream")(byte_stream)
-            javac = jpy.get_type("java.util.spi.ToolProvider").findFirst("javac").get()
-            javac = jpy.cast(javac, "java.util.spi.ToolProvider")
-            args = jpy.array("java.lang.String", ["-nowarn", "-Xlint:none", "-proc:none", "-d", folder, source])
-            if javac.run(output, output, args) != 0:
-                raise RuntimeError(f"Cells.java does not compile: {byte_stream.toString()}")
-            url = jpy.get_type("java.io.File")(folder + "/").toURI().toURL()
-            loader = jpy.get_type("java.net.URLClassLoader").newInstance(jpy.array("java.net.URL", [url]))
-            made = loader.loadClass("Cells").getDeclaredConstructors()[0].newInstance(jpy.array("java.lang.Object", 0))
+        made = jpy.get_type("Cells")()
         self._ask = jpy.cast(made, "java.util.function.LongUnaryOperator").applyAsLong
         self._found: list[memoryview] = []
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from .. import config, proc
 from ..errors import ImageError
 from ..files import locked, private_dir, remove_tree, sync_dir, sync_file
-from . import classes, compilepath, kernel
+from . import classes, compilepath, java, kernel
 from .tree import COMPILE, can_mount, compile_python
 
 SUITE = "bookworm"
@@ -178,7 +178,8 @@ _NOT_BARE = (
 def _image_key(base: str, version: str) -> str:
     with open(f"{base}/packages") as file:
         packages = file.read()
-    parts = _NOT_BARE if version == config.BARE else (GUEST_PYTHON, SITE, *compilepath.INPUTS, classes.sources())
+    deephaven = (GUEST_PYTHON, SITE, *compilepath.INPUTS, *java.inputs(), classes.sources())
+    parts = _NOT_BARE if version == config.BARE else deephaven
     return stage_key(version, *parts, *COMPILE, os.path.basename(base), packages)
 
 
@@ -202,6 +203,7 @@ def root_image(base: str, version: str, log: str) -> str:
         mounts = can_mount(tree, log)
         compile_python(tree, ["/usr/lib/python3.11", *([] if bare else [f"/{SITE}"])], mounts=mounts, log=log)
         if not bare:
+            java.make(tree, log, mounts=mounts)
             compilepath.make(tree, f"/{SITE}/deephaven_server/jars")
             classes.freeze_times(tree)
             classes.make(tree, log, mounts=mounts)

@@ -1,8 +1,8 @@
-"""The class path that formulas are compiled against: few archives instead of several hundred.
+"""The index of the class path that formulas are compiled against.
 
-Deephaven compiles each formula with javac, which asks every jar of the class path for every package, and opens all of them
-anew to look for plugins: a third of what a compilation costs. So the image has one more jar, with the classes of all jars but the
-largest, and a file that names it and those. The classes that run come from the jars themselves.
+Deephaven compiles each formula with javac, which opens every jar of the class path, several hundred, and keeps an object for each
+of a hundred thousand entries. So the image has a file that says which package has which classes, and in which jar
+(guest/ClassIndex.java, where its format is).
 """
 
 from __future__ import annotations
@@ -10,77 +10,62 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from typing import NamedTuple
 
-#: Where both are in the image; guest/jvm.py names the second, too.
-JAR = "usr/local/lib/dhg/compile.jar"
-LIST = "usr/local/lib/dhg/compile.path"
-#: So many of the largest jars stay by themselves: of the 370 they hold two thirds of the bytes. None of Deephaven's own, which every
-#: formula imports from.
-APART = 40
-OWN = "deephaven-"
+#: Where it is in the image; guest/jvm.py names it, too.
+INDEX = "usr/local/lib/dhg/classes.index"
 #: The release whose classes a jar with several (JEP 238) shows to the guest's compiler.
 RELEASE = 17
 _VERSIONED = re.compile(r"META-INF/versions/([0-9]+)/(.+)")
-#: A time of zip's, in an archive that does not depend on when it is made.
-_TIME = (1980, 1, 1, 0, 0, 0)
 
-#: What the result depends on beside the jars, for the stage's key.
-INPUTS = (JAR, LIST, str(APART), OWN, str(RELEASE))
+#: What the result depends on beside the jars, for the stage's key. The number is the format's.
+INPUTS = (INDEX, str(RELEASE), "1")
 
 
-class _Jar(NamedTuple):
-    path: str
-    size: int
-    #: By the name of the class's file: the entry that has it.
-    classes: dict[str, str]
-
-
-def _read(path: str) -> _Jar:
-    found: dict[str, tuple[int, str]] = {}
-    size = 0
+def _classes(path: str) -> list[str]:
+    """The class files in a jar, by the names that its JVM knows them by."""
+    found: set[str] = set()
     with zipfile.ZipFile(path) as jar:
         try:
             several = b"multi-release: true" in jar.read("META-INF/MANIFEST.MF").lower()
         except KeyError:
             several = False
         for entry in jar.infolist():
-            name, release = entry.filename, 0
+            name = entry.filename
             if match := _VERSIONED.match(name):
-                release, name = int(match[1]), match[2]
-                if not several or release > RELEASE:
+                name = match[2]
+                if not several or int(match[1]) > RELEASE:
                     continue
-            if (
-                name.endswith(".class")
-                and not name.startswith("META-INF/")
-                and os.path.basename(name) != "module-info.class"
-            ):
-                size += entry.file_size
-                found[name] = max(found.get(name, (-1, "")), (release, entry.filename))
-    return _Jar(path, size, {name: entry for name, (_, entry) in found.items()})
+            base = os.path.basename(name)
+            # A name that the format has another meaning for is no Java class's.
+            odd = base.startswith("#") or any(char in name for char in "\t\n")
+            if base.endswith(".class") and not name.startswith("META-INF/") and base != "module-info.class" and not odd:
+                found.add(name.removesuffix(".class"))
+    return sorted(found)
 
 
 def make(tree: str, jars: str) -> None:
-    """Write both files into `tree` for the jars in its directory `jars` (a path in the guest), taken in the order of their names.
+    """Write the index into `tree` for the jars in its directory `jars` (a path in the guest), taken in the order of their names.
 
     Nothing where a release of Deephaven has its jars elsewhere.
     """
     if not os.path.isdir(tree + jars):
         return
-    read = [_read(f"{tree}{jars}/{name}") for name in sorted(os.listdir(tree + jars)) if name.endswith(".jar")]
-    others = [jar for jar in read if not os.path.basename(jar.path).startswith(OWN)]
-    apart = {jar.path for jar in sorted(others, key=lambda jar: -jar.size)[:APART]}
+    paths = [f"{jars}/{name}" for name in sorted(os.listdir(tree + jars)) if name.endswith(".jar")]
+    packages: dict[str, list[str]] = {}
     seen: set[str] = set()
-    os.makedirs(os.path.dirname(f"{tree}/{JAR}"), exist_ok=True)
-    # Not compressed: what is read often is inflated often.
-    with zipfile.ZipFile(f"{tree}/{JAR}", "w", zipfile.ZIP_STORED) as merged:
-        for jar in read:
-            mine = [name for name in jar.classes if name not in seen]
-            seen.update(mine)
-            if jar.path not in apart:
-                with zipfile.ZipFile(jar.path) as source:
-                    for name in mine:
-                        merged.writestr(zipfile.ZipInfo(name, _TIME), source.read(jar.classes[name]))
-    path = [f"/{JAR}", *(jar.path.removeprefix(tree) for jar in read if jar.path in apart)]
-    with open(f"{tree}/{LIST}", "w") as file:
-        file.write("\n".join(path) + "\n")
+    for number, path in enumerate(paths):
+        last = None
+        for name in _classes(tree + path):
+            if name not in seen:
+                seen.add(name)
+                folder, base = os.path.split(name)
+                fields = packages.setdefault(folder.replace("/", "."), [])
+                if folder != last:
+                    fields.append(f"#{number}")
+                fields.append(base)
+                last = folder
+    os.makedirs(os.path.dirname(f"{tree}/{INDEX}"), exist_ok=True)
+    with open(f"{tree}/{INDEX}", "w", encoding="utf-8") as file:
+        file.writelines(f"{path}\n" for path in paths)
+        file.write("\n")
+        file.writelines("\t".join([name, *fields]) + "\n" for name, fields in sorted(packages.items()))

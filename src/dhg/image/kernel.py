@@ -100,7 +100,7 @@ def guest_files() -> dict[str, bytes]:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     names = {"init": "guest/initramfs-init", "dhg/init": "guest/init"}
     modules = ["__init__.py", "wire/__init__.py", "wire/frames.py"]
-    modules += sorted(f"guest/{name}" for name in os.listdir(f"{package}/guest") if name.endswith((".py", ".java")))
+    modules += sorted(f"guest/{name}" for name in os.listdir(f"{package}/guest") if name.endswith(".py"))
     names |= {f"dhg/lib/dhg/{name}": name for name in modules}
     files = {}
     for target, name in names.items():
