@@ -17,7 +17,7 @@ from .qmp import CHANNELS, FD_CONSOLE, FD_GO, FD_QMP, FD_RAM, TB_SIZE_MIB, Vm
 KERNEL_ARGS = (
     "console=ttyS0 quiet loglevel=4 panic=-1 reboot=t rdinit=/init mitigations=off audit=0 nmi_watchdog=0 "
     "nowatchdog random.trust_cpu=on tsc=reliable no_timer_check rcupdate.rcu_cpu_stall_suppress=1 cryptomgr.notests "
-    "psi=0 cgroup_disable=memory init_on_alloc=0 hardened_usercopy=off"
+    "psi=0 cgroup_disable=memory init_on_alloc=0 init_on_free=1 hardened_usercopy=off transparent_hugepage=never"
 )
 
 

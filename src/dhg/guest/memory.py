@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import time
 
 # linux/mman.h: reclaim these pages now; those of a file that are clean are read again when they are needed.
 MADV_PAGEOUT = 21
-PAGE = 4096
-#: How large the arrays are that eden is filled with, and what is left of it.
+#: How large the arrays are that the young generation is filled with.
 ARRAY = 1 << 20
-EDEN_LEFT = 3 << 20
 
 
 def release_files() -> None:
@@ -63,11 +60,15 @@ def compact_java() -> None:
     collect_java()
     for name, value in zip(reversed(names), reversed(before), strict=True):
         options.setVMOption(name, value)
-    # Java zeroes an array when it makes it: filled with arrays, and then collected once more, eden is zeros.
-    eden = next(pool for pool in factory.getMemoryPoolMXBeans().toArray() if pool.getName() == "Eden Space")
-    usage = eden.getUsage()
-    for _ in range((usage.getCommitted() - usage.getUsed() - EDEN_LEFT) // ARRAY):
-        jpy.array("byte", ARRAY - 64)
+    # Java zeroes an array when it makes it. Eden is filled with them, and the two survivor spaces in turn with those that are still
+    # in use when eden is full and the young generation is collected.
+    used = {pool.getName(): pool.getUsage() for pool in factory.getMemoryPoolMXBeans().toArray()}
+    eden, survivor = (used[name].getCommitted() // ARRAY for name in ("Eden Space", "Survivor Space"))
+    for _ in range(2):
+        kept = [jpy.array("byte", ARRAY - 64) for _ in range(survivor - 1)]
+        for _ in range(eden):
+            jpy.array("byte", ARRAY - 64)
+        del kept
     collect_java()
 
 
@@ -76,27 +77,9 @@ def trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def clean_free_pages() -> None:
-    """Drop the page cache and leave zeros in every free page, so that the snapshot file is sparse."""
+def drop_caches() -> None:
+    """Drop the page cache and what else the kernel can do without. What is freed is zeroed (init_on_free, engine/qemu.py)."""
     with open("/proc/sys/vm/drop_caches", "w") as file:
         file.write("3")
     with open("/proc/sys/vm/compact_memory", "w") as file:
         file.write("1")
-    # A process of its own and not a fork: that would leave every page of this one to be copied at its first write after the restore.
-    argv = ["/usr/bin/python3", "-I", "-S", "-c", _TOUCH_FREE_MEMORY]
-    pid = os.posix_spawn(argv[0], argv, {})
-    os.waitpid(pid, 0)
-
-
-# A page that is mapped in for the first time has been zeroed by the kernel; freed again, it stays zero. A bit is left for what
-# else goes on meanwhile, the more the more memory there is: the kernel keeps a reserve (min_free_kbytes).
-_TOUCH_FREE_MEMORY = """
-import mmap
-with open("/proc/self/oom_score_adj", "w") as file:
-    file.write("1000")
-with open("/proc/meminfo") as file:
-    info = {line.split(":")[0]: int(line.split()[1]) for line in file}
-size = (info["MemFree"] - info["MemTotal"] // 128) * 1024
-if size > 0:
-    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
-"""

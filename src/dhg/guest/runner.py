@@ -301,7 +301,7 @@ def main_vm() -> None:
     if runner.jvm is not None:
         memory.compact_java()
     memory.trim()
-    memory.clean_free_pages()
+    memory.drop_caches()
     if runner.jvm is not None:
         log(control, "random generators")
         memory.collect_java()
