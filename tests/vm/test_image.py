@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import zipfile
+from pathlib import Path
+
 from tests.conftest import run_dhg
+
+from dhg.image import build, java
 
 
 def output(code: str) -> bytes:
@@ -116,3 +122,14 @@ found = jpy.cast(options, kind).getVMOption("Tier3InvocationThreshold").getValue
 print(found == ("2000" if emulated else "200"))
 """
     assert output(code) == b"True\n"
+
+
+def test_our_java_compiles_where_nothing_can_be_mounted(tmp_path: Path) -> None:
+    tree, log = tmp_path / "tree", str(tmp_path / "log")
+    tree.mkdir()
+    root = f"{build.base_system(log)}/root.tar"
+    unpack = ["tar", "-xf", root, "-C", str(tree), "--no-same-owner", "--exclude=./dev/*"]
+    subprocess.run(unpack, check=True, timeout=120)
+    java.make(str(tree), log, mounts=False)
+    with zipfile.ZipFile(tree / java.JAR) as jar:
+        assert {"Cells.class", "ClassIndex.class", "FormulaFiles.class", "ReusingCompiler.class"} <= set(jar.namelist())

@@ -126,6 +126,7 @@ public final class ReusingCompiler implements JavaCompiler {
                     }
                 } catch (RuntimeException | LinkageError | AssertionError error) {
                     if (wrong) {
+                        close(warm);
                         throw error;
                     }
                 }

@@ -14,8 +14,12 @@ from .tree import run
 #: Where the jar is in the image; guest/jvm.py names it, too.
 JAR = "usr/local/lib/dhg/guest.jar"
 _WORK = "dhg-java"
+_JAVA_HOME = "/usr/lib/jvm/java-17-openjdk-amd64"
 _JAVAC = (
-    "/usr/lib/jvm/java-17-openjdk-amd64/bin/java",
+    # Without /proc the loader does not know where the program is, beside which its libraries are.
+    "/usr/bin/env",
+    f"LD_LIBRARY_PATH={_JAVA_HOME}/lib",
+    f"{_JAVA_HOME}/bin/java",
     "-XX:TieredStopAtLevel=1",
     "-m",
     "jdk.compiler/com.sun.tools.javac.Main",
