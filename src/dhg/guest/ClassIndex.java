@@ -6,10 +6,11 @@ import java.nio.file.Files;
 import java.nio.file.NoSuchFileException;
 import java.nio.file.Path;
 import java.util.ArrayList;
-import java.util.HashMap;
+import java.util.Arrays;
 import java.util.List;
-import java.util.Map;
+import java.util.NavigableMap;
 import java.util.Set;
+import java.util.TreeMap;
 import java.util.jar.JarFile;
 import java.util.zip.ZipEntry;
 import java.util.zip.ZipFile;
@@ -19,7 +20,7 @@ import java.util.zip.ZipFile;
  * empty line, and a line a package: its name, and then "#" and the number of a jar or the name of a class in the jar named last,
  * separated by tabs. Of a class that several jars have only the first jar's is there.
  *
- * javac's own way is to open every jar once more, and to keep an object for each of its entries: forty megabytes.
+ * A compiler's own way is to open every jar once more, and to keep an object for each of its entries: forty megabytes.
  */
 final class ClassIndex {
     /** A class in a jar. */
@@ -56,7 +57,7 @@ final class ClassIndex {
 
     private final byte[] text;
     private final List<String> jars = new ArrayList<>();
-    private final Map<String, Integer> packages = new HashMap<>();
+    private final NavigableMap<String, Integer> packages = new TreeMap<>();
     /** Opened when they are first read from. The JVM's own class loader has them open, too: what they hold is there once. */
     private final JarFile[] files;
 
@@ -100,9 +101,9 @@ final class ClassIndex {
         return Set.copyOf(jars);
     }
 
-    /** The classes of a package; none if no jar has it. */
-    List<Entry> list(String packageName) {
-        List<Entry> found = new ArrayList<>();
+    /** A class, by its package's name, with a "." between, and its own; null if no jar has it. */
+    Entry find(String packageName, String name) {
+        byte[] wanted = name.getBytes(StandardCharsets.UTF_8);
         Integer at = packages.get(packageName);
         int jar = -1;
         for (int start = at == null ? text.length : at, end; start < text.length; start = end + 1) {
@@ -110,24 +111,22 @@ final class ClassIndex {
             }
             if (text[start] == '#') {
                 jar = Integer.parseInt(string(start + 1, end));
-            } else {
-                found.add(new Entry(this, jar, packageName, string(start, end)));
+            } else if (Arrays.equals(text, start, end, wanted, 0, wanted.length)) {
+                return new Entry(this, jar, packageName, name);
             }
             if (text[end] == '\n') {
                 break;
             }
         }
-        return found;
+        return null;
     }
 
-    /** The names of all packages below one. */
-    List<String> below(String packageName) {
-        List<String> found = new ArrayList<>();
-        for (String name : packages.keySet()) {
-            if (packageName.isEmpty() || name.startsWith(packageName + ".")) {
-                found.add(name);
-            }
+    /** Whether a jar has classes in a package, or in one below it. */
+    boolean hasPackage(String name) {
+        if (packages.containsKey(name)) {
+            return true;
         }
-        return found;
+        String next = packages.ceilingKey(name + ".");
+        return next != null && next.startsWith(name + ".");
     }
 }

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import ctypes
 
-_CALLS = ("Tier3InvocationThreshold", "Tier3MinInvocationThreshold", "Tier3CompileThreshold")
-_LOOPS = "Tier3BackEdgeThreshold"
+_NAMES = ("Tier3InvocationThreshold", "Tier3MinInvocationThreshold", "Tier3CompileThreshold", "Tier3BackEdgeThreshold")
+_LOOKS = "Tier0InvokeNotifyFreqLog"
 #: When a method is compiled, once the interpreter has run it so often (CompilationPolicy, as of OpenJDK 17): calls, calls together
 #: with enough turns of loops, turns of loops. HotSpot's own are 200, 100, 2000 and 60,000.
-COMPILE_SOON = {**dict(zip(_CALLS, (50, 25, 500), strict=True)), _LOOPS: 2000}
-COMPILE_LATE = {**dict(zip(_CALLS, (2000, 1000, 20_000), strict=True)), _LOOPS: 60_000}
+COMPILE_SOON = dict(zip(_NAMES, (50, 25, 500, 2000), strict=True))
+#: It looks at that every so many calls, as a power of two, and then compiles what is trivial (it returns a field) whatever its
+#: calls are. How often is written into a method at its first call. HotSpot's own is 7.
+COMPILE_LATE = {**dict(zip(_NAMES, (10_000, 5000, 50_000, 60_000), strict=True)), _LOOKS: 11}
 
 
 def _number(address: int) -> int:

@@ -21,8 +21,8 @@ CLASSES = "/usr/local/lib/dhg/classes.jsa"
 INDEX = "/usr/local/lib/dhg/classes.index"
 #: Our own classes in the image (image/java.py).
 OWN_JAR = "/usr/local/lib/dhg/guest.jar"
-#: What of javac's ReusingCompiler.java uses.
-JVM_ARGS_OWN = ["--add-exports=jdk.compiler/com.sun.tools.javac.api=ALL-UNNAMED"]
+#: Where Debian's package has ECJ, Eclipse's compiler, which FormulaCompiler.java is made of.
+ECJ_JAR = "/usr/share/java/eclipse-jdt-core.jar"
 
 JVM_ARGS = [
     # One VM, few cores, a small heap: the serial collector has no threads of its own that wake up.
@@ -83,16 +83,16 @@ def _sort_class_path() -> None:
         vars(start_jvm)["_jars"] = lambda: iter(jars)
 
 
-def _reuse_compiler(log: Callable[[str], None]) -> None:
-    """Have formulas compiled by a javac that keeps what it has read of the class path (ReusingCompiler.java)."""
+def _compile_with_ecj(log: Callable[[str], None]) -> None:
+    """Have formulas compiled by ECJ, which keeps what it has read of the class path (FormulaCompiler.java)."""
     import jpy
 
     owner = jpy.get_type("io.deephaven.engine.context.QueryCompilerImpl").jclass
     try:
-        jpy.get_type("ReusingCompiler").install(owner, "compiler", INDEX)
+        jpy.get_type("FormulaCompiler").install(owner, "compiler", INDEX)
     except RuntimeError as error:
         # Another release, which has it elsewhere. It works; formulas are slower.
-        log(f"each formula is compiled by a javac of its own: {str(error).splitlines()[0]}")
+        log(f"formulas are compiled by javac: {str(error).splitlines()[0]}")
 
 
 def start_server(log: Callable[[str], None], args: list[str], *, image: bool) -> dict[str, str]:
@@ -103,14 +103,14 @@ def start_server(log: Callable[[str], None], args: list[str], *, image: bool) ->
     if image:
         _sort_class_path()
         os.environ["JAVA_HOME"] = JAVA_HOME
-        args = [*args, *JVM_ARGS_OWN]
-    server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS, extra_classpath=[OWN_JAR] if image else None)
+    extra = [OWN_JAR, ECJ_JAR] if image else None
+    server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS, extra_classpath=extra)
     log("starting the server")
     server.start()
     if image:
         # It is for Deephaven, not for scripts.
         del os.environ["JAVA_HOME"]
-        _reuse_compiler(log)
+        _compile_with_ecj(log)
     import deephaven
     import jpy
     import numpy

@@ -23,6 +23,14 @@ assert t.natural_join(right, on='g', joins='name').sort('v').sort_descending('g'
 assert t.join(right, on='g').select(['g', 'name']).head(5).size == 5
 print(t.size)
 """,
+    "formulas": """
+from deephaven import empty_table
+t = empty_table(200).update(['g = i % 9', f'v = sin(i) + {turn}', 's = `a` + g', 'l = ii * 3'])
+for n in range(turn * 10, turn * 10 + 4):
+    t.update([f'w = cos(v) * {n}', f'h = g > {n % 9} ? l + {n} : -l', f'u = s.length() + {n}'])
+    t.where([f'g != {n % 9} && v < {n}', f's.startsWith(`a{n % 9}`) || l > {n}'])
+t.update_view(['m = max(v, 0.5)', f'n = (int) (v * {turn})', 'z = isNull(v) ? 0.0 : abs(v)']).select()
+""",
     "ticking table": """
 import time
 from deephaven import time_table

@@ -20,7 +20,15 @@ from . import classes, compilepath, java, kernel
 from .tree import COMPILE, can_mount, compile_python
 
 SUITE = "bookworm"
-PACKAGES = ("python3-minimal", "libpython3.11", "openjdk-17-jre-headless", "busybox-static", "ca-certificates")
+PACKAGES = (
+    "python3-minimal",
+    "libpython3.11",
+    "openjdk-17-jre-headless",
+    # The compiler of formulas (guest/FormulaCompiler.java).
+    "libeclipse-jdt-core-java",
+    "busybox-static",
+    "ca-certificates",
+)
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 #: The guest's Python, for which the wheels are chosen whatever Python the host has.
 GUEST_PYTHON = "3.11"
@@ -165,6 +173,7 @@ def pip_argv(target: str, version: str) -> list[str]:
 #: What of the base system a bare image leaves out: all that is there for the JVM, for Perl, and for installing packages.
 _NOT_BARE = (
     "./usr/lib/jvm",
+    "./usr/share/java",
     "./usr/lib/x86_64-linux-gnu/perl*",
     "./usr/share/perl*",
     "./usr/share/fonts",

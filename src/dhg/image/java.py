@@ -27,8 +27,9 @@ _JAVAC = (
     "-nowarn",
     "-XDignore.symbol.file",
     "-proc:none",
-    # What ReusingCompiler.java is made of; guest/jvm.py opens it to it.
-    "--add-exports=jdk.compiler/com.sun.tools.javac.api=ALL-UNNAMED",
+    # What FormulaCompiler.java is made of; guest/jvm.py names it, too.
+    "-cp",
+    "/usr/share/java/eclipse-jdt-core.jar",
 )
 
 
