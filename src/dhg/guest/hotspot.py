@@ -11,14 +11,28 @@ from __future__ import annotations
 
 import ctypes
 
-_NAMES = ("Tier3InvocationThreshold", "Tier3MinInvocationThreshold", "Tier3CompileThreshold", "Tier3BackEdgeThreshold")
-_LOOKS = "Tier0InvokeNotifyFreqLog"
-#: When a method is compiled, once the interpreter has run it so often (CompilationPolicy, as of OpenJDK 17): calls, calls together
-#: with enough turns of loops, turns of loops. HotSpot's own are 200, 100, 2000 and 60,000.
-COMPILE_SOON = dict(zip(_NAMES, (50, 25, 500, 2000), strict=True))
-#: It looks at that every so many calls, as a power of two, and then compiles what is trivial (it returns a field) whatever its
-#: calls are. How often is written into a method at its first call. HotSpot's own is 7.
-COMPILE_LATE = {**dict(zip(_NAMES, (10_000, 5000, 50_000, 60_000), strict=True)), _LOOKS: 11}
+_LIMITS = ("InvocationThreshold", "MinInvocationThreshold", "CompileThreshold", "BackEdgeThreshold")
+
+
+def _when(tier: int, *limits: int) -> dict[str, int]:
+    """When a method is compiled, once it has run so often (CompilationPolicy, as of OpenJDK 17): calls; calls together with enough
+    turns of loops; those; and turns of loops. Tier 3 is what the interpreter runs, tier 4 what C1's code runs that counts.
+    HotSpot's own are 200, 100, 2000, 60,000 and 5000, 600, 15,000, 40,000."""
+    return {f"Tier{tier}{name}": limit for name, limit in zip(_LIMITS, limits, strict=True)}
+
+
+#: Compile soon, with C1, what does not count any more; and what C1 has compiled so that it counts, once more.
+COMPILE_SOON = {**_when(3, 50, 25, 500, 2000), **_when(4, 50, 25, 500, 2000), "TieredStopAtLevel": 1}
+#: Compile with C2 what runs very often, and nothing else.
+COMPILE_LOOPS = {**_when(3, 10_000, 5000, 50_000, 60_000), **_when(4, 5000, 600, 15_000, 40_000), "TieredStopAtLevel": 4}
+#: Compile what runs very often, with C1. HotSpot looks at the numbers every so many calls, as a power of two, and then compiles what
+#: is trivial (it returns a field) whatever they are. How often is written into a method at its first call. HotSpot's own is 7.
+COMPILE_LATE = {
+    **_when(3, 10_000, 5000, 50_000, 60_000),
+    **_when(4, *[1 << 30] * 4),
+    "TieredStopAtLevel": 1,
+    "Tier0InvokeNotifyFreqLog": 11,
+}
 
 
 def _number(address: int) -> int:

@@ -46,10 +46,16 @@ JVM_ARGS_VM = [
     "-XX:-ShrinkHeapInSteps",
 ]
 
-# Under software emulation: C2's own work costs far more than its code gains within the life of a script, and
-# verifying classes takes a sixth of the start. What the warm-up runs a few times is compiled.
-JVM_ARGS_TCG = ["-XX:TieredStopAtLevel=1", "-XX:-BytecodeVerificationRemote"]
-JVM_ARGS_TCG += [f"-XX:{name}={value}" for name, value in hotspot.COMPILE_SOON.items()]
+# Under software emulation. Verifying classes takes a sixth of the start. C2 compiles a few methods in the warm-up, and then nothing
+# more (warmup.py); so what it takes for granted would stay a trap for ever, and it is to take nothing for granted. The code cache is
+# one, and as small as for a JVM that has C1 only.
+JVM_ARGS_TCG = [
+    "-XX:-BytecodeVerificationRemote",
+    "-XX:PerMethodTrapLimit=0",
+    "-XX:PerBytecodeTrapLimit=0",
+    "-XX:ReservedCodeCacheSize=48m",
+    "-XX:-SegmentedCodeCache",
+]
 
 #: The archive where it was made for, so that its pages stay those of the file: Debian's default moves it, and writes to all of them.
 JVM_ARGS_CLASSES = [f"-XX:SharedArchiveFile={CLASSES}", "-XX:ArchiveRelocationMode=0"]
@@ -95,15 +101,33 @@ def _compile_with_ecj(log: Callable[[str], None]) -> None:
         log(f"formulas are compiled by javac: {str(error).splitlines()[0]}")
 
 
-def start_server(log: Callable[[str], None], args: list[str], *, image: bool) -> dict[str, str]:
-    """Start Deephaven in this process; the versions of what runs. `image` says that this is our image and not the host."""
+def set_flags(flags: dict[str, int], log: Callable[[str], None]) -> None:
+    """Set flags of HotSpot's in the JVM of this process. A JVM that does not say where they are is left as it is, which works."""
+    try:
+        hotspot.set_flags(flags)
+    except LookupError as error:
+        log(f"methods are compiled as HotSpot does by itself, scripts are slower: {error}")
+
+
+def start_server(
+    log: Callable[[str], None], args: list[str], *, image: bool, flags: dict[str, int] | None = None
+) -> dict[str, str]:
+    """Start Deephaven in this process; the versions of what runs. `image` says that this is our image and not the host.
+
+    `flags` are HotSpot's, set before anything but the JVM itself has run in it.
+    """
     log("starting the JVM")
     from deephaven_server import Server
+    from deephaven_server.start_jvm import start_jvm
 
     if image:
         _sort_class_path()
         os.environ["JAVA_HOME"] = JAVA_HOME
     extra = [OWN_JAR, ECJ_JAR] if image else None
+    # The server would start it, too, and leaves one that is there.
+    start_jvm(jvm_args=args, default_jvm_args=HARMLESS, extra_classpath=extra)
+    if flags:
+        set_flags(flags, log)
     server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS, extra_classpath=extra)
     log("starting the server")
     server.start()

@@ -23,14 +23,6 @@ assert t.natural_join(right, on='g', joins='name').sort('v').sort_descending('g'
 assert t.join(right, on='g').select(['g', 'name']).head(5).size == 5
 print(t.size)
 """,
-    "formulas": """
-from deephaven import empty_table
-t = empty_table(200).update(['g = i % 9', f'v = sin(i) + {turn}', 's = `a` + g', 'l = ii * 3'])
-for n in range(turn * 10, turn * 10 + 4):
-    t.update([f'w = cos(v) * {n}', f'h = g > {n % 9} ? l + {n} : -l', f'u = s.length() + {n}'])
-    t.where([f'g != {n % 9} && v < {n}', f's.startsWith(`a{n % 9}`) || l > {n}'])
-t.update_view(['m = max(v, 0.5)', f'n = (int) (v * {turn})', 'z = isNull(v) ? 0.0 : abs(v)']).select()
-""",
     "ticking table": """
 import time
 from deephaven import time_table
@@ -74,6 +66,14 @@ assert frame.groupby('s').d.mean().size == 1000
 to_numpy(empty_table(10).update('x = i'))
 """,
 }
+
+# What all rows of a formula go through, whatever the formula: `times` tables of `rows` rows each.
+ROWS = """
+from deephaven import empty_table
+for n in range(times):
+    for formula in 'x = i', 'x = i + 7', 'x = ii * 2', 'x = i * 0.5':
+        t = empty_table(rows).update(formula)
+"""
 
 # What other scripts may do. Run once, natively, when the image is made, for the archive of classes (training.py). Each line stands
 # for itself: what this release of Deephaven does not have is left out.

@@ -27,20 +27,25 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     """Start the server, where the image has one, and run the warm-up scripts; the versions of what runs."""
     if importlib.util.find_spec("deephaven_server") is None:
         return warm_up_bare(runner, log)
-    versions = jvm.start_server(log, jvm.vm_args(), image=True)
+    emulated = jvm.is_emulated()
+    versions = jvm.start_server(log, jvm.vm_args(), image=True, flags=hotspot.COMPILE_SOON if emulated else None)
     frames_without_source()
     runner.finder = preview.Finder()
     # The exit handlers of the server and of pandas are for the end of this process, not of a script.
     script.settle()
+    if emulated:
+        optimize_loops(runner.finder, log)
     for number in range(1, PASSES + 1):
         for name, source in queries.WARM_UP.items():
             log(f"warm-up {number} of {PASSES}: {name}")
-            rehearse(runner.finder, name, source, number)
+            rehearse(runner.finder, name, source, turn=number)
         if number == PASSES - 1:
             # What was needed once only is given back, and what is used again is read again.
             memory.release_files()
-    if jvm.is_emulated():
-        compile_late(log)
+    if emulated:
+        # The first method that is compiled costs a clone 80 ms, because the compiler itself has to be translated, and a script that is
+        # done within a second does not get it back. What scripts are likely to run has been compiled by now.
+        jvm.set_flags(hotspot.COMPILE_LATE, log)
     rehearse_failure()
     runner.jvm = reseed.Jvm()
     log("collecting garbage")
@@ -90,21 +95,22 @@ class _Frames:
         return found
 
 
-def compile_late(log: Callable[[str], None]) -> None:
-    """Have the JVM compile methods from now on that run very often, and no others.
+def optimize_loops(finder: preview.Finder, log: Callable[[str], None]) -> None:
+    """Have C2 compile what each row of a formula goes through.
 
-    Under emulation the first method that is compiled costs a clone 80 ms, because the compiler itself has to be translated, and a
-    script that is done within a second does not get it back. What scripts are likely to run has been compiled by now (jvm.vm_args).
+    C1 does not inline calls of interfaces, of which there are two a row, each 125 ns under emulation. C2 at work in the clones would
+    cost seconds. So it is at work here only, and for what runs a hundred thousand times: the formulas are there before.
     """
-    try:
-        hotspot.set_flags(hotspot.COMPILE_LATE)
-    except LookupError as error:
-        log(f"clones compile as soon as the warm-up did: {error}")
+    log("warm-up: rows")
+    rehearse(finder, "rows", queries.ROWS, rows=5, times=1)
+    jvm.set_flags(hotspot.COMPILE_LOOPS, log)
+    rehearse(finder, "rows", queries.ROWS, rows=200_000, times=3)
+    jvm.set_flags(hotspot.COMPILE_SOON, log)
 
 
-def rehearse(finder: preview.Finder, name: str, source: str, turn: int) -> None:
-    """Run a script the way a user's is, with its table previews. Raises `RuntimeError` if it fails."""
-    names: dict[str, Any] = {"__name__": "__main__", "turn": turn}
+def rehearse(finder: preview.Finder, name: str, source: str, **given: int) -> None:
+    """Run a script the way a user's is, with names that are given, and its table previews. Raises `RuntimeError` if it fails."""
+    names: dict[str, Any] = {"__name__": "__main__", **given}
     outcome = script.Script(source.encode(), f"<warm-up {name}>", [], names).run()
     if outcome.exit_code:
         raise RuntimeError(f"the warm-up script {name!r} failed: {outcome.error}")
