@@ -17,6 +17,11 @@ COLUMN = st.one_of(
         st.just("Int64"), st.lists(st.none() | st.integers(-(1 << 63) + 1, (1 << 63) - 1), min_size=10, max_size=10)
     ),
     st.tuples(st.just("Int8"), st.lists(st.none() | st.integers(-127, 127), min_size=10, max_size=10)),
+    st.tuples(
+        st.just("Float64"),
+        st.lists(st.none() | st.floats(allow_nan=False, allow_infinity=False), min_size=10, max_size=10),
+    ),
+    st.tuples(st.just("boolean"), st.lists(st.none() | st.booleans(), min_size=10, max_size=10)),
     st.tuples(st.just("string"), st.lists(st.none() | TEXT, min_size=10, max_size=10)),
 )
 
@@ -25,7 +30,7 @@ COLUMN = st.one_of(
     st.dictionaries(st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,12}\Z"), COLUMN, min_size=1, max_size=5),
     st.integers(1, 10),
 )
-def test_integers_and_strings_are_aligned_as_pandas_does(columns: dict[str, tuple[str, list[Any]]], rows: int) -> None:
+def test_plain_values_are_aligned_as_pandas_does(columns: dict[str, tuple[str, list[Any]]], rows: int) -> None:
     frame = pandas.DataFrame(
         {name: pandas.array(values[:rows], dtype=kind) for name, (kind, values) in columns.items()}
     )
@@ -34,6 +39,6 @@ def test_integers_and_strings_are_aligned_as_pandas_does(columns: dict[str, tupl
     assert ours == frame.to_string(index=False)
 
 
-@pytest.mark.parametrize("kinds", [[], [("a", "double")], [("a", "int"), ("b", "java.time.Instant")]])
+@pytest.mark.parametrize("kinds", [[], [("a", "char")], [("a", "int"), ("b", "java.time.Instant")]])
 def test_other_types_are_left_to_pandas(kinds: list[tuple[str, str]]) -> None:
     assert preview.plain_values(object(), kinds) is None

@@ -6,6 +6,7 @@ Guest code: standard library and Deephaven only. Only the rows that are shown ar
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 #: Longest line of columns; beyond it there is one column a line.
@@ -24,12 +25,15 @@ _TYPES = {
 }
 
 
-#: Types whose values are shown as Python shows them: by Java type, the value that stands for null where the type has none of its own.
-_PLAIN: dict[str, int | None] = {
+#: Types whose values are shown here and not by pandas: by Java type, the value that stands for null where the type has none of its own.
+_PLAIN: dict[str, float | None] = {
     "byte": -(1 << 7),
     "short": -(1 << 15),
     "int": -(1 << 31),
     "long": -(1 << 63),
+    "float": -(2.0**128 - 2.0**104),
+    "double": -sys.float_info.max,
+    "java.lang.Boolean": None,
     "java.lang.String": None,
 }
 
@@ -98,7 +102,7 @@ class Preview:
 
 
 def plain_values(head: Any, kinds: list[tuple[str, str]]) -> dict[str, list[Any]] | None:
-    """The values of a (small) table by column; None unless all are integers or strings of printable ASCII.
+    """The values of a (small) table by column; None unless all are finite numbers, booleans or strings of printable ASCII.
 
     Most previews are that, and pandas takes the way over Arrow: the translation of that code is a hundred milliseconds of a
     clone's first preview.
@@ -117,22 +121,39 @@ def plain_values(head: Any, kinds: list[tuple[str, str]]) -> dict[str, list[Any]
         null = _PLAIN[kind]
         if null is not None:
             values = [None if value == null else value for value in values]
-        elif not all(value is None or (value.isascii() and value.isprintable()) for value in values):
+        if not all(value is None or _is_plain(value) for value in values):
             return None
         found[name] = values
     return found if found[kinds[0][0]] else None
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.isascii() and value.isprintable()
+    # Not infinite, and not NaN.
+    return bool(value - value == 0)
+
+
 def aligned(columns: dict[str, list[Any]], numbers: set[str]) -> str:
-    """Integers and strings as `DataFrame.to_string(index=False)` has them, to the space; `numbers` are the columns of numbers."""
+    """Values as `DataFrame.to_string(index=False)` has them, to the space; `numbers` are the columns of numbers and booleans."""
     texts = []
     for name, values in columns.items():
         # pandas leaves room for a sign above a number, not above a string.
         column = [f" {name}" if name in numbers else name]
-        column += ["<NA>" if value is None else str(value) for value in values]
+        column += map(_text, values)
         width = max(map(len, column))
         texts.append([text.rjust(width) for text in column])
     return "\n".join(map(" ".join, zip(*texts, strict=True)))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "<NA>"
+    if isinstance(value, float):
+        # pandas' precision, with room for the sign; one zero stays.
+        text = f"{value: .6f}".rstrip("0")
+        return f"{text}0" if text.endswith(".") else text
+    return str(value)
 
 
 def to_pandas(table: Any) -> Any:

@@ -307,6 +307,7 @@ def main_vm() -> None:
         memory.collect_java()
         runner.jvm.find(runner.cells)
         runner.jvm.check()
+        warmup.before_first_query()
     log(control, "waiting for a quiet moment")
     warmup.wait_for_quiet()
     stdio.write_all(control, greeting)

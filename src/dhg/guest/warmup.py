@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import hotspot, jvm, memory, preview, queries, reseed, script
+from . import hotspot, jvm, memory, preview, queries, reseed, script, tlb
 
 #: How often all warm-up scripts are run.
 PASSES = 3
@@ -80,13 +80,25 @@ def frames_without_source() -> None:
         vars(_query_scope)["inspect"] = _Frames
 
 
+def before_first_query() -> None:
+    """Have the first query of a clone make room for what queries need. A script without one does not need it."""
+    if jvm.is_emulated():
+        _Frames.first = tlb.Pages().grow
+
+
 class _Frames:
     """What that module needs of `inspect`."""
+
+    #: What the next query does before anything else.
+    first: Callable[[], None] | None = None
 
     currentframe = staticmethod(inspect.currentframe)
 
     @staticmethod
     def getouterframes(frame: Any, context: int = 1) -> list[inspect.FrameInfo]:
+        if _Frames.first is not None:
+            first, _Frames.first = _Frames.first, None
+            first()
         found = []
         while frame is not None:
             code = frame.f_code
