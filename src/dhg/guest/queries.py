@@ -36,11 +36,14 @@ n.close() if hasattr(n, 'close') else None
 """,
     "csv": """
 import os
-from deephaven import read_csv, write_csv
+from deephaven import agg, read_csv, write_csv
+from deephaven.pandas import to_pandas
 with open('/tmp/warm.csv', 'w') as file:
     file.write('sym,price,qty\\n' + ''.join(f'S{i % 5},{i / 7},{i}\\n' for i in range(2000)))
 t = read_csv('/tmp/warm.csv')
 assert t.size == 2000
+sums = t.agg_by([agg.sum_('qty'), agg.avg('price'), agg.max_('most = price'), agg.count_('n')], by=['sym'])
+assert to_pandas(sums).to_string(index=False)
 write_csv(t.head(10), '/tmp/warm2.csv')
 os.unlink('/tmp/warm.csv')
 os.unlink('/tmp/warm2.csv')
