@@ -20,7 +20,7 @@ from typing import Any
 from . import hotspot, jvm, memory, preview, queries, reseed, script, tlb
 
 #: How often all warm-up scripts are run.
-PASSES = 3
+PASSES = 2
 
 
 def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
