@@ -116,7 +116,7 @@ def optimize_loops(finder: preview.Finder, log: Callable[[str], None]) -> None:
     log("warm-up: rows")
     rehearse(finder, "rows", queries.ROWS, rows=5, times=1)
     jvm.set_flags(hotspot.COMPILE_LOOPS, log)
-    rehearse(finder, "rows", queries.ROWS, rows=200_000, times=3)
+    rehearse(finder, "rows", queries.ROWS, rows=200_000, times=2)
     jvm.set_flags(hotspot.COMPILE_SOON, log)
 
 
