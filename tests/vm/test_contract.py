@@ -258,6 +258,28 @@ def test_table_previews(run: Exec) -> None:
     ok(run("--no-table-meta", "--rows", "3", "-c", TABLES), without_meta)
 
 
+NUMBERS = """
+from deephaven import new_table
+from deephaven.column import bool_col, double_col, float_col
+from deephaven.pandas import to_pandas
+null, low = -1.7976931348623157e308, -3.4028234663852886e38
+values = [0.0, -0.0, 1 / 3, -2.5e-7, 5e-324, 1e17, -123456.789, 1e300, null, OTHER]
+floats = [low if value == null else value if abs(value) < 1e38 else 1.5 for value in values]
+t = new_table([double_col('d', values), float_col('f', floats), bool_col('b', [True, False] * 5)])
+t = t.update('n = d > 1 ? b : NULL_BOOLEAN')
+print(to_pandas(t).to_string(index=False))
+"""
+
+
+@pytest.mark.parametrize("other", ["99.9999995", "float('nan')", "float('-inf')"])
+def test_numbers_are_shown_as_pandas_shows_them(run: Exec, other: str) -> None:
+    done = run("--no-table-meta", "-c", NUMBERS.replace("OTHER", other))
+    assert done.returncode == 0, done.stderr.decode()
+    wanted, head, shown = done.stdout.decode().partition("\n\n=== Table: t (10 rows, static) ===\n\n")
+    assert head and shown == f"{wanted}\n"
+    assert "<NA>" in shown and "-0.0" in shown
+
+
 def test_a_ticking_table_is_refreshing(run: Exec) -> None:
     done = run("-c", "from deephaven import time_table\nt = time_table('PT1s')")
     assert re.search(rb"=== Table: t \(\d+ rows?, refreshing\) ===", done.stdout), done.stdout

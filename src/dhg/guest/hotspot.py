@@ -24,7 +24,11 @@ def _when(tier: int, *limits: int) -> dict[str, int]:
 #: Compile soon, with C1, what does not count any more; and what C1 has compiled so that it counts, once more.
 COMPILE_SOON = {**_when(3, 50, 25, 500, 2000), **_when(4, 50, 25, 500, 2000), "TieredStopAtLevel": 1}
 #: Compile with C2 what runs very often, and nothing else.
-COMPILE_LOOPS = {**_when(3, 10_000, 5000, 50_000, 60_000), **_when(4, 5000, 600, 15_000, 40_000), "TieredStopAtLevel": 4}
+COMPILE_LOOPS = {
+    **_when(3, 10_000, 5000, 50_000, 60_000),
+    **_when(4, 5000, 600, 15_000, 40_000),
+    "TieredStopAtLevel": 4,
+}
 #: Compile what runs very often, with C1. HotSpot looks at the numbers every so many calls, as a power of two, and then compiles what
 #: is trivial (it returns a field) whatever they are. How often is written into a method at its first call. HotSpot's own is 7.
 COMPILE_LATE = {
