@@ -25,7 +25,7 @@ _TYPES = {
 }
 
 
-#: Types whose values are shown here and not by pandas: by Java type, the value that stands for null where the type has none of its own.
+#: Types whose values are shown here and not by pandas: by Java type, the value that stands for null, if the type has none of its own.
 _PLAIN: dict[str, float | None] = {
     "byte": -(1 << 7),
     "short": -(1 << 15),

@@ -1,8 +1,9 @@
 """The translation buffer (TLB) that QEMU has for this VM's processes under software emulation: made larger from within.
 
 QEMU starts with 256 entries (CPU_TLB_DYN_DEFAULT_BITS in accel/tcg) and doubles their number when all of the buffer is flushed while
-more than 70 of a hundred are in use (tlb_mmu_resize_locked in accel/tcg/cputlb.c). A clone's kernel flushes all of it when it switches
-to another process, which there is none of, so a query that works on some thousand pages would walk the page tables all the time.
+more than 70 of a hundred are in use (tlb_mmu_resize_locked in accel/tcg/cputlb.c). A clone's kernel flushes all of it when it
+switches to another process, which there is none of, so a query that works on some thousand pages would walk the page tables all
+the time.
 
 Guest code: standard library only.
 """

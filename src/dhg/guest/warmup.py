@@ -43,8 +43,8 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
             # What was needed once only is given back, and what is used again is read again.
             memory.release_files()
     if emulated:
-        # The first method that is compiled costs a clone 80 ms, because the compiler itself has to be translated, and a script that is
-        # done within a second does not get it back. What scripts are likely to run has been compiled by now.
+        # The first method that is compiled costs a clone 80 ms, because the compiler itself has to be translated, and a script
+        # that is done within a second does not get it back. What scripts are likely to run has been compiled by now.
         jvm.set_flags(hotspot.COMPILE_LATE, log)
     rehearse_failure()
     runner.jvm = reseed.Jvm()
