@@ -20,6 +20,10 @@ KERNEL_ARGS = (
     "psi=0 cgroup_disable=memory init_on_alloc=0 init_on_free=1 hardened_usercopy=off transparent_hugepage=never"
 )
 
+#: And under software emulation. 112 is X86_FEATURE_REP_GOOD (arch/x86/include/asm/cpufeatures.h): with it pages are cleared by one
+#: instruction that repeats itself, of which TCG makes a slower loop than the kernel's own is.
+KERNEL_ARGS_TCG = " clearcpuid=112"
+
 
 class Spec(NamedTuple):
     """What a VM is made of. Everything here is an input of the snapshot."""
@@ -67,13 +71,18 @@ def memory_args(spec: Spec, ram: str, *, shared: bool) -> list[str]:
     return ["-object", f"memory-backend-file,id=ram,size={spec.memory_mib}M,mem-path={_escape(ram)},share={share}"]
 
 
+def command_line(accel: str) -> str:
+    """The kernel's command line but for what depends on the host."""
+    return KERNEL_ARGS + (KERNEL_ARGS_TCG if accel == "tcg" else "")
+
+
 def kernel_args(spec: Spec, *, stub: bool) -> list[str]:
     """Kernel, initramfs and command line; for a restore only the head of the kernel.
 
     The guest's kernel is in its memory. QEMU wants one all the same, so that it makes the same devices, and would read all of it
     and of the initramfs: 12 MB, 10 ms.
     """
-    append = f"{KERNEL_ARGS} dhg.accel={spec.accel}"
+    append = f"{command_line(spec.accel)} dhg.accel={spec.accel}"
     if spec.accel == "tcg" and spec.tsc_khz:
         append += f" tsc_early_khz={spec.tsc_khz}"
     files = ["-kernel", spec.stub] if stub else ["-kernel", spec.kernel, "-initrd", spec.initramfs]

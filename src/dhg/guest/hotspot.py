@@ -10,6 +10,7 @@ Guest code: standard library only.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 _LIMITS = ("InvocationThreshold", "MinInvocationThreshold", "CompileThreshold", "BackEdgeThreshold")
 
@@ -21,6 +22,8 @@ def _when(tier: int, *limits: int) -> dict[str, int]:
     return {f"Tier{tier}{name}": limit for name, limit in zip(_LIMITS, limits, strict=True)}
 
 
+#: Compile what runs often, with C1. Of what a start runs hardly anything runs again, and the compiler had a quarter of its time.
+COMPILE_SELDOM = {**_when(3, 2000, 1000, 20_000, 60_000), **_when(4, *[1 << 30] * 4), "TieredStopAtLevel": 1}
 #: Compile soon, with C1, what does not count any more; and what C1 has compiled so that it counts, once more.
 COMPILE_SOON = {**_when(3, 50, 25, 500, 2000), **_when(4, 50, 25, 500, 2000), "TieredStopAtLevel": 1}
 #: Compile with C2 what runs very often, and nothing else.
@@ -72,6 +75,7 @@ class _Table:
         return found
 
 
+@functools.cache
 def _flags() -> dict[str, int]:
     """The address of each flag's value. Raises `LookupError` if this is no HotSpot, or one that describes itself otherwise."""
     with open("/proc/self/maps") as file:

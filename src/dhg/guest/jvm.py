@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from . import hotspot
 
@@ -109,6 +110,25 @@ def set_flags(flags: dict[str, int], log: Callable[[str], None]) -> None:
         log(f"methods are compiled as HotSpot does by itself, scripts are slower: {error}")
 
 
+def _when_created(action: Callable[[], None]) -> None:
+    """Have something done as soon as there is a JVM, before anything of Java has run in it."""
+    from deephaven_internal import jvm
+
+    # Without libjvm.so there is no importing jpy.
+    jvm.preload_jvm_dll()  # type: ignore[no-untyped-call]
+    import jpy
+
+    create = jpy.create_jvm
+
+    def created(*args: Any, **options: Any) -> Any:
+        jpy.create_jvm = create
+        result = create(*args, **options)
+        action()
+        return result
+
+    jpy.create_jvm = created
+
+
 def start_server(
     log: Callable[[str], None], args: list[str], *, image: bool, flags: dict[str, int] | None = None
 ) -> dict[str, str]:
@@ -118,16 +138,14 @@ def start_server(
     """
     log("starting the JVM")
     from deephaven_server import Server
-    from deephaven_server.start_jvm import start_jvm
 
     if image:
         _sort_class_path()
         os.environ["JAVA_HOME"] = JAVA_HOME
-    extra = [OWN_JAR, ECJ_JAR] if image else None
-    # The server would start it, too, and leaves one that is there.
-    start_jvm(jvm_args=args, default_jvm_args=HARMLESS, extra_classpath=extra)
     if flags:
-        set_flags(flags, log)
+        values = flags
+        _when_created(lambda: set_flags(values, log))
+    extra = [OWN_JAR, ECJ_JAR] if image else None
     server = Server(port=0, jvm_args=args, default_jvm_args=HARMLESS, extra_classpath=extra)
     log("starting the server")
     server.start()

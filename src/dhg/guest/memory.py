@@ -6,8 +6,6 @@ Guest code: standard library and Deephaven only.
 from __future__ import annotations
 
 import ctypes
-import gc
-import time
 
 # linux/mman.h: reclaim these pages now; those of a file that are clean are read again when they are needed.
 MADV_PAGEOUT = 21
@@ -33,16 +31,6 @@ def collect_java() -> None:
     import jpy
 
     jpy.get_type("java.lang.System").gc()
-
-
-def give_back() -> None:
-    """Collect garbage in Python and in the JVM."""
-    gc.collect()
-    collect_java()
-    # References that only a cleaner thread drops go away with the second collection.
-    time.sleep(0.2)
-    gc.collect()
-    collect_java()
 
 
 def compact_java() -> None:
@@ -81,5 +69,3 @@ def drop_caches() -> None:
     """Drop the page cache and what else the kernel can do without. What is freed is zeroed (init_on_free, engine/qemu.py)."""
     with open("/proc/sys/vm/drop_caches", "w") as file:
         file.write("3")
-    with open("/proc/sys/vm/compact_memory", "w") as file:
-        file.write("1")

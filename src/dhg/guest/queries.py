@@ -26,12 +26,14 @@ print(t.size)
     "ticking table": """
 import time
 from deephaven import time_table
+from deephaven.execution_context import get_exec_ctx
 t = time_table('PT0.02s').update('y = ii * 2')
 n = t.last_by()
 until = time.monotonic() + 120
 while t.size < 3:
     assert time.monotonic() < until, 'the update graph does not run'
     time.sleep(0.05)
+    get_exec_ctx().update_graph.j_update_graph.requestRefresh()
 n.close() if hasattr(n, 'close') else None
 """,
     "csv": """

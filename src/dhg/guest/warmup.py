@@ -28,7 +28,9 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     if importlib.util.find_spec("deephaven_server") is None:
         return warm_up_bare(runner, log)
     emulated = jvm.is_emulated()
-    versions = jvm.start_server(log, jvm.vm_args(), image=True, flags=hotspot.COMPILE_SOON if emulated else None)
+    versions = jvm.start_server(log, jvm.vm_args(), image=True, flags=hotspot.COMPILE_SELDOM if emulated else None)
+    if emulated:
+        jvm.set_flags(hotspot.COMPILE_SOON, log)
     frames_without_source()
     runner.finder = preview.Finder()
     # The exit handlers of the server and of pandas are for the end of this process, not of a script.
@@ -48,8 +50,6 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
         jvm.set_flags(hotspot.COMPILE_LATE, log)
     rehearse_failure()
     runner.jvm = reseed.Jvm()
-    log("collecting garbage")
-    memory.give_back()
     return versions
 
 
@@ -143,7 +143,7 @@ def rehearse_failure() -> None:
 
 
 #: How long the other threads are watched, and how finely.
-WATCH_S = 2.0
+WATCH_S = 1.0
 STEP_S = 0.01
 
 

@@ -32,9 +32,9 @@ def title(engine: str) -> str:
     return {"qemu": "QEMU", "firecracker": "Firecracker"}[engine]
 
 
-def kernel_args(engine: str) -> str:
+def kernel_args(engine: str, accel: str) -> str:
     """The kernel's command line but for what depends on the host."""
-    return firecracker.KERNEL_ARGS if engine == "firecracker" else qemu.KERNEL_ARGS
+    return firecracker.KERNEL_ARGS if engine == "firecracker" else qemu.command_line(accel)
 
 
 def require_kvm(base: str) -> str:
