@@ -206,9 +206,10 @@ def test_qemus_tlb_grows_at_the_first_query() -> None:
     without, one, two = tlb_flushes(off + query), tlb_flushes(query), tlb_flushes(query * 2)
     if without is None or one is None or two is None:
         pytest.skip("the snapshot is a KVM one: QEMU translates nothing")
-    assert one - without >= tlb.TIMES - 1
-    # Only once.
-    assert two - one < tlb.TIMES - 1
+    grown = one - without
+    assert grown >= tlb.TIMES - 1
+    # Only once. A few flushes come and go: the JVM's threads have some of their own.
+    assert two - one < grown / 2
 
 
 def test_our_java_compiles_where_nothing_can_be_mounted(tmp_path: Path) -> None:
