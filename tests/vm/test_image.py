@@ -203,13 +203,14 @@ def test_qemus_tlb_grows_at_the_first_query() -> None:
     query = "from deephaven import empty_table\nempty_table(1).update('x = i')\n"
     # Taking away the pages flushes once, too.
     off = "import sys\nsys.modules['dhg.guest.warmup']._Frames.first = None\n"
-    without, one, two = tlb_flushes(off + query), tlb_flushes(query), tlb_flushes(query * 2)
+    # The fewest of three: other threads have flushes of their own, now and then.
+    counts = [[tlb_flushes(code) for _ in range(3)] for code in (off + query, query, query * 2)]
+    without, one, two = (min((count for count in row if count is not None), default=None) for row in counts)
     if without is None or one is None or two is None:
         pytest.skip("the snapshot is a KVM one: QEMU translates nothing")
-    grown = one - without
-    assert grown >= tlb.TIMES - 1
-    # Only once. A few flushes come and go: the JVM's threads have some of their own.
-    assert two - one < grown / 2
+    assert one - without >= tlb.TIMES - 1
+    # Only once.
+    assert two - one < tlb.TIMES - 1
 
 
 def test_our_java_compiles_where_nothing_can_be_mounted(tmp_path: Path) -> None:
