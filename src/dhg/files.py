@@ -92,3 +92,12 @@ def sync_file(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sha256(path: str) -> str:
+    """The SHA-256 of a file's content, in hexadecimal. Raises `OSError`."""
+    # Loads OpenSSL, which the file server of a VM, an importer of this module, can do without.
+    import hashlib
+
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

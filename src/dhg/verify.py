@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from . import config, machine, proc
 from .errors import DhgError, SnapshotError
+from .files import sha256
 from .snapshot import inventory, store
 from .wire import client
 
@@ -136,12 +136,8 @@ def checksums(path: str) -> list[Check]:
         )
     ]
     for name, known in manifest["files"].items():
-        digest = hashlib.sha256()
         try:
-            with open(f"{path}/{name}", "rb") as data:
-                while part := data.read(1 << 20):
-                    digest.update(part)
-            found = digest.hexdigest()
+            found = sha256(f"{path}/{name}")
         except OSError as error:
             found = str(error.strerror)
         checks.append(Check(f"sha256 of {name}", "agree", [known["sha256"][:16], found[:16]], known["sha256"] == found))

@@ -18,7 +18,7 @@ from typing import Any
 from .. import __version__, config, proc
 from ..engine import firecracker, probe, qemu
 from ..errors import DeadlineExceeded, DhgError, HostError, ProtocolError, SnapshotError
-from ..files import locked, private_dir, remove_tree, sync_dir
+from ..files import locked, private_dir, remove_tree, sha256, sync_dir
 from ..image import build as image
 from ..image.kernel import stub as kernel_stub
 from ..machine import Machine
@@ -348,7 +348,7 @@ def copy_sparse(source: str, target: str) -> str:
     fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     # The sum takes as long as all the rest, and needs a CPU only.
     with open(source, "rb", buffering=0) as data, ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(_sha256, source)
+        digest = beside.submit(sha256, source)
         size = os.fstat(data.fileno()).st_size
         try:
             os.truncate(fd, size)
@@ -361,11 +361,6 @@ def copy_sparse(source: str, target: str) -> str:
         finally:
             os.close(fd)
         return digest.result()
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_blocks(fd: int, at: int, chunk: bytes, zeros: bytes) -> None:
