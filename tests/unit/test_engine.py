@@ -41,7 +41,7 @@ def test_boot_and_restore_differ_in_nothing_a_guest_sees() -> None:
     only_boot = [arg for arg in boot if arg not in restore]
     only_restore = [arg for arg in restore if arg not in boot]
     assert only_boot == [
-        "memory-backend-file,id=ram,size=2048M,mem-path=/dev/fd/211,share=on",
+        "memory-backend-file,id=ram,size=2048M,mem-path=/dev/fd/211,share=on,align=2M",
         "/k",
         "-initrd",
         "/i",

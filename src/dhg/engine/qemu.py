@@ -67,7 +67,8 @@ def machine_args(spec: Spec) -> list[str]:
 
 def memory_args(spec: Spec, ram: str, *, shared: bool) -> list[str]:
     """The guest's RAM: the file itself (shared, to make a snapshot) or a private view of one (to restore it)."""
-    share = "on" if shared else "off"
+    # Where it is mapped decides whether huge pages of the file can be mapped as such.
+    share = "on,align=2M" if shared else "off"
     return ["-object", f"memory-backend-file,id=ram,size={spec.memory_mib}M,mem-path={_escape(ram)},share={share}"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..engine import firecracker, probe, qemu, qmp
 from ..errors import HostError
 from ..image import build as image
+from . import scratch
 
 Spec = qemu.Spec | firecracker.Spec
 #: Waits for the guest's HELLO; the versions that it names.
@@ -110,18 +111,16 @@ def boot_and_freeze(
         os.unlink(ram)
         return versions, kept
     # Not in the file that is kept: each page that is touched for the first time would be a block of the disk's to be found.
-    memory = os.memfd_create("dhg-ram")
     fd = os.open(state, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.truncate(memory, spec.memory_mib << 20)
-        with qemu.boot(spec, memory, console=console) as booted:
-            qmp.prepare_freeze(booted, fd)
-            versions = wait_hello(booted)
-            qmp.freeze(booted, fd)
-        return versions, keep(f"/proc/self/fd/{memory}")
+        with scratch.memory(spec.memory_mib << 20) as memory:
+            with qemu.boot(spec, memory, console=console) as booted:
+                qmp.prepare_freeze(booted, fd)
+                versions = wait_hello(booted)
+                qmp.freeze(booted, fd)
+            return versions, keep(f"/proc/self/fd/{memory}")
     finally:
         os.close(fd)
-        os.close(memory)
 
 
 def restore_argv(spec: Spec, ram: str) -> list[str]:
