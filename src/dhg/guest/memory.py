@@ -11,6 +11,8 @@ import ctypes
 MADV_PAGEOUT = 21
 #: How large the arrays are that the young generation is filled with.
 ARRAY = 1 << 20
+#: Less than what the C library maps by itself (M_MMAP_THRESHOLD, 128 KiB), or gives back at once.
+ROOM = 96 << 10
 
 
 def release_files() -> None:
@@ -63,6 +65,11 @@ def compact_java() -> None:
 def trim() -> None:
     """Have the C library give back what is free in its heaps."""
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def leave_room() -> None:
+    """Have some room in the C library's heap: a clone that has to ask the kernel for it would run that code for the first time."""
+    bytearray(ROOM)
 
 
 def drop_caches() -> None:

@@ -23,6 +23,14 @@ assert t.natural_join(right, on='g', joins='name').sort('v').sort_descending('g'
 assert t.join(right, on='g').select(['g', 'name']).head(5).size == 5
 print(t.size)
 """,
+    "parquet": """
+import os
+from deephaven import empty_table, parquet
+t = empty_table(1000).update(['x = i', 's = `a` + i', f'd = i / 3.{turn}'])
+parquet.write(t, '/tmp/warm.parquet')
+assert parquet.read('/tmp/warm.parquet').select().size == 1000
+os.unlink('/tmp/warm.parquet')
+""",
     "ticking table": """
 import time
 from deephaven import time_table
@@ -49,14 +57,6 @@ assert to_pandas(sums).to_string(index=False)
 write_csv(t.head(10), '/tmp/warm2.csv')
 os.unlink('/tmp/warm.csv')
 os.unlink('/tmp/warm2.csv')
-""",
-    "parquet": """
-import os
-from deephaven import empty_table, parquet
-t = empty_table(1000).update(['x = i', 's = `a` + i', f'd = i / 3.{turn}'])
-parquet.write(t, '/tmp/warm.parquet')
-assert parquet.read('/tmp/warm.parquet').select().size == 1000
-os.unlink('/tmp/warm.parquet')
 """,
     "pandas, numpy": """
 import pandas

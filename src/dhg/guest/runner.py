@@ -284,7 +284,7 @@ def main_vm() -> None:
     """In a VM: start the server, warm up, wait to be frozen, run one request, wait to be killed."""
     channels = vsock_channels()
     control = os.open(f"{RUN_DIR}/control", os.O_RDWR) if channels is None else channels.prepare()
-    from . import memory, warmup
+    from . import memory, quiet, warmup
 
     # A script's `import dhg` is its own affair.
     sys.path.remove(f"{RUN_DIR}/lib")
@@ -317,7 +317,11 @@ def main_vm() -> None:
         runner.jvm.check()
         warmup.before_first_query()
     log(control, "waiting for a quiet moment")
-    warmup.wait_for_quiet()
+    # So that it is not a clone that comes to the number of new objects at which Python looks for garbage.
+    gc.collect()
+    gc.freeze()
+    memory.leave_room()
+    quiet.wait()
     stdio.write_all(control, greeting)
     if channels is not None:
         # Frozen in there. The connection of the preparing host is left open: closing it would make the VM busy just now.

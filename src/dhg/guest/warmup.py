@@ -10,10 +10,7 @@ import gc
 import importlib.util
 import inspect
 import io
-import os
 import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +18,9 @@ from . import hotspot, jvm, memory, preview, queries, reseed, script, tlb
 
 #: How often all warm-up scripts are run.
 PASSES = 2
+#: What does most of its work the first time only (Hadoop's configuration, what Jackson finds out about classes): compiling that took
+#: a third of its first run, and is of no use to a clone.
+ONCE = ("parquet",)
 
 
 def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
@@ -40,6 +40,8 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     for number in range(1, PASSES + 1):
         for name, source in queries.WARM_UP.items():
             log(f"warm-up {number} of {PASSES}: {name}")
+            if emulated:
+                jvm.set_flags(hotspot.COMPILE_SELDOM if number == 1 and name in ONCE else hotspot.COMPILE_SOON, log)
             rehearse(runner.finder, name, source, turn=number)
         if number == PASSES - 1:
             # What was needed once only is given back, and what is used again is read again.
@@ -140,52 +142,3 @@ def rehearse_failure() -> None:
         outcome = script.Script(b"def f():\n    1 / 0\nf()\n", "<warm-up>", [], {}).run()
     if outcome.exit_code != 1 or "ZeroDivisionError" not in quiet.getvalue():
         raise RuntimeError(f"the warm-up of tracebacks: {quiet.getvalue()}")
-
-
-#: How long the other threads are watched, and how finely.
-WATCH_S = 1.0
-STEP_S = 0.01
-
-
-def wait_for_quiet() -> None:
-    """Return at the moment of a second after which the other threads of this process leave a clone alone for the longest time.
-
-    What wakes up does so once a second (the update graph, cleaners). Frozen right after, a clone runs its first half second
-    undisturbed: under emulation what such a thread executes would have to be translated first.
-    """
-    steps = round(1 / STEP_S)
-    load = [0] * steps
-    last = _cpu_times()
-    end = time.monotonic() + WATCH_S
-    while (now := time.monotonic()) < end:
-        time.sleep(STEP_S - now % STEP_S)
-        last, before = _cpu_times(), last
-        load[int(now / STEP_S) % steps] += sum(time_ns - before.get(thread, 0) for thread, time_ns in last.items())
-    start = quietest(load)
-    # One step later: what made the last one busy may not be done.
-    time.sleep((((start + 1) * STEP_S) - time.monotonic()) % 1.0)
-    # What the kernel puts off while it idles (deferrable timers, RCU) it does at the first ticks after: now, and not in a clone.
-    for _ in range(2):
-        until = time.monotonic() + 2 * STEP_S
-        while time.monotonic() < until:
-            pass
-        time.sleep(STEP_S / 2)
-
-
-def quietest(load: list[int]) -> int:
-    """The start in a list, taken as a circle, from which what is in it comes latest: all of it counts, the sooner the more."""
-    size = len(load)
-    return min(range(size), key=lambda start: sum(load[(start + n) % size] * (size - n) for n in range(size)))
-
-
-def _cpu_times() -> dict[str, int]:
-    """The CPU time of each thread of this process but the calling one, in ns (schedstat's first field)."""
-    found = {}
-    for name in os.listdir("/proc/self/task"):
-        if int(name) != threading.get_native_id():
-            try:
-                with open(f"/proc/self/task/{name}/schedstat", "rb") as file:
-                    found[name] = int(file.read().split()[0])
-            except OSError:
-                pass
-    return found
