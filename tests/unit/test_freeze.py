@@ -93,10 +93,10 @@ def test_another_list_is_no_list_of_timers(text: str) -> None:
 
 def test_the_quietest_moment_is_before_the_longest_time_without_anything() -> None:
     # Five of once a second, of which the last two come late; one of long after.
-    assert quiet.quietest([0.563, 0.58, 0.596, 0.775, 0.777, 2.27, 8.0]) == (0.777, pytest.approx(0.786))
+    assert quiet.quietest([0.563, 0.58, 0.596, 0.775, 0.777, 2.27, 8.0]) == pytest.approx((0.777, 0.786))
     assert quiet.quietest([0.5]) == (0.5, 1.0)
     # Now is best where what comes first comes late, and comes soon after the one before.
-    assert quiet.quietest([0.9, 0.95]) == (0.95, pytest.approx(0.95))
+    assert quiet.quietest([0.9, 0.95]) == pytest.approx((0.95, 0.95))
     assert quiet.quietest([0.9, 0.95, 1.1]) == (0.0, 0.9)
     assert quiet.quietest([3.0]) == (0.0, 3.0)
     assert quiet.quietest([]) == (0.0, math.inf)
