@@ -41,6 +41,11 @@ JVM_ARGS = [
 JVM_ARGS_VM = [
     "-DDeephavenApiServer.checkScopeChangesIntervalMillis=3600000",
     "-Dstatsdriver.enabled=false",
+    # A description of the machine, for the same log: native libraries, files of the kernel's and programs that it asks.
+    "-Dprocess.info.system-info.enabled=false",
+    # Jetty asks the JVM's management for it, which would be there for nothing else: 64 bytes a line, and 4 a reference in a heap of
+    # less than 32 GB.
+    "-Dorg.eclipse.jetty.util.referencesPerCacheLine=16",
     "-XX:GuaranteedSafepointInterval=0",
     "-XX:AsyncDeflationInterval=0",
     # What memory.py asks to be given back is given back at once.

@@ -14,9 +14,9 @@ import time
 
 #: What is due within this time, in seconds, is taken to be due again this long after.
 PERIOD_S = 1.0
-#: How often it is tried again if something else was set in the meantime, and how much of the time that was hoped for is enough.
-TRIES = 5
-ENOUGH = 0.8
+#: With so many seconds to come without anything it is quiet enough; looked for for so long. Then what comes next will do.
+GOAL_S = 0.75
+LOOK_S = 4.0
 #: How long what has woken up gets before it is asked whether it is done, and how often that is asked.
 STEP_S = 0.01
 STEPS = 200
@@ -24,11 +24,13 @@ STEPS = 200
 
 def wait() -> None:
     """Return when the other threads have just been at work, and what the kernel has put off is done."""
-    for _ in range(TRIES):
-        pause_s, expected_s = quietest(due(_timer_list()))
+    end = time.monotonic() + LOOK_S
+    while time.monotonic() < end:
+        pause_s, _ = quietest(due(_timer_list()))
         time.sleep(pause_s)
         _until_idle()
-        if min(due(_timer_list()), default=math.inf) >= ENOUGH * min(expected_s, PERIOD_S):
+        # Asked again: what woke up may have set a time that nobody knew of, and some look every 10 ms for a while.
+        if min(due(_timer_list()), default=math.inf) >= GOAL_S:
             break
     # The last, because looking at files leaves something to be done later, too.
     _run_put_off()

@@ -390,7 +390,8 @@ def _try(path: str, version: str, engine: str) -> None:
     lock = os.open(f"{path}/lock", os.O_RDONLY | os.O_CLOEXEC)
     try:
         snapshot = store.read(path, version, engine, lock)
-        one, two = _draw(snapshot), _draw(snapshot)
+        with ThreadPoolExecutor(2) as beside:
+            one, two = beside.map(_draw, [snapshot, snapshot])
         same = [str(number) for number, (left, right) in enumerate(zip(one, two, strict=True)) if left == right]
         if same:
             raise SnapshotError(f"two clones drew the same random numbers: {', '.join(same)} of {len(one)}")
