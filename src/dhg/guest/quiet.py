@@ -14,9 +14,10 @@ import time
 
 #: What is due within this time, in seconds, is taken to be due again this long after.
 PERIOD_S = 1.0
-#: With so many seconds to come without anything it is quiet enough; looked for for so long. Then what comes next will do.
+#: With so many seconds to come without anything it is quiet enough. After so many in which there was no such moment half of that
+#: will do, and after twice as many what comes next.
 GOAL_S = 0.75
-LOOK_S = 4.0
+LOOK_S = 2.0
 #: How long what has woken up gets before it is asked whether it is done, and how often that is asked.
 STEP_S = 0.01
 STEPS = 200
@@ -24,13 +25,13 @@ STEPS = 200
 
 def wait() -> None:
     """Return when the other threads have just been at work, and what the kernel has put off is done."""
-    end = time.monotonic() + LOOK_S
-    while time.monotonic() < end:
+    began = time.monotonic()
+    while (spent_s := time.monotonic() - began) < 2 * LOOK_S:
         pause_s, _ = quietest(due(_timer_list()))
         time.sleep(pause_s)
         _until_idle()
         # Asked again: what woke up may have set a time that nobody knew of, and some look every 10 ms for a while.
-        if min(due(_timer_list()), default=math.inf) >= GOAL_S:
+        if min(due(_timer_list()), default=math.inf) >= (GOAL_S if spent_s < LOOK_S else GOAL_S / 2):
             break
     # The last, because looking at files leaves something to be done later, too.
     _run_put_off()
