@@ -19,7 +19,7 @@ from . import hotspot, jvm, memory, preview, queries, reseed, script, tlb
 #: How often all warm-up scripts are run.
 PASSES = 2
 #: What does most of its work the first time only (Hadoop's configuration, what Jackson finds out about classes): compiling that took
-#: a third of its first run, and is of no use to a clone.
+#: a third of its first run, and is of no use to a clone. It is early in the order: what others share with it they have compiled.
 ONCE = ("parquet",)
 
 
