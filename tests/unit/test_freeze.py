@@ -82,7 +82,8 @@ def test_this_kernel_says_what_is_due() -> None:
             text = file.read()
     except PermissionError:
         pytest.skip("/proc/timer_list is for root")
-    assert all(0 <= at < 1e7 for at in quiet.due(text))
+    # Some sleep until the end of time.
+    assert all(at >= 0 for at in quiet.due(text))
 
 
 @pytest.mark.parametrize("text", ["", "now then", "cpu: 0\n #0: <0>, hrtimer_wakeup, S:01\n"])
