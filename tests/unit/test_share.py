@@ -577,6 +577,21 @@ def test_what_was_sent_along_and_is_too_old_is_taken_back(
     assert file.handle not in guest.server.tables.handles
 
 
+def test_the_window_grows_by_what_was_wanted_and_not_by_what_was_not_sent(
+    start: Start, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = numbered(folders[0], 100)
+    guest = start()
+    # As if all of them had just been written: none can be sent yet.
+    monkeypatch.setattr(ahead, "TICK_NS", 1 << 62)
+    for name in names[:20]:
+        guest.lookup(READ_ONLY, name)
+    assert not sent(guest)
+    monkeypatch.undo()
+    guest.lookup(READ_ONLY, names[20])
+    assert [file.name for file in sent(guest)] == names[21 : 21 + ahead.FIRST_WINDOW]
+
+
 def test_what_is_looked_up_and_never_opened_does_not_pile_up(start: Start, folders: list[Path]) -> None:
     # Names of which none follows another: each is sent with its look-up, for the directory's files are being read.
     names = numbered(folders[0], 900)
@@ -1035,8 +1050,11 @@ def test_tables_are_bounded(start: Start, folders: list[Path], monkeypatch: pyte
     assert errors.count(0) == 5
     for _, reply in known[:48]:
         guest.send(protocol.FORGET, int.from_bytes(reply[:8], "little"), protocol.FORGET_IN.pack(9))
-    assert guest.lookup(READ_ONLY, "f99")
-    assert len(guest.server.tables.nodes) == 3
+    guest.ahead.clear()
+    f99 = guest.lookup(READ_ONLY, "f99")
+    assert f99
+    # If "f0", which was opened, happens to be listed just before "f99", those listed after it are sent ahead.
+    assert set(guest.server.tables.nodes) == {READ_ONLY, WRITABLE, f99} | {file.node for file in sent(guest)}
 
 
 def test_a_number_that_is_given_out_again_is_another_file(start: Start, folders: list[Path]) -> None:

@@ -138,7 +138,7 @@ class Stream:
         now, touched = time.monotonic(), self.touched
         if not self.window:
             self.window = FIRST_WINDOW
-        elif self.touched * 4 >= self.sent * 3:
+        elif self.sent and self.touched * 4 >= self.sent * 3:
             self.window = min(self.window * 2, AHEAD_WINDOW)
         elif self.touched * 2 < self.sent:
             self.window = max(self.window // 2, 1)
