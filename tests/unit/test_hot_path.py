@@ -28,7 +28,9 @@ ALLOWED = {
     "fcntl",
     "select",
     "struct",
-    # By machine.run and proc.limit, when QEMU runs already.
+    # By machine.run and proc.limit, when QEMU runs already; so are dhg.compiler and dhg.wire.compiling.
+    "dhg.compiler",
+    "dhg.wire.compiling",
     "resource",
 }
 

@@ -72,7 +72,7 @@ WORKSPACE = ((".", "r"),)
 #: before Python enters a system call does not end that call, and under emulation "just before" is a millisecond.
 GRACE_S = 2.0
 NUDGE_S = 0.1
-SIGALRM, SIG_IGN, ITIMER_REAL = 14, 1, 0
+ITIMER_REAL = 0
 # The constants of `stat`.
 S_IFMT, S_IFCHR = 0o170000, 0o020000
 
@@ -177,6 +177,7 @@ class Run:
     def finish(self, vm: Place, stdout: client.Sink, stderr: client.Sink) -> client.Result:
         """Run the script in it. Raises `DhgError`, KeyboardInterrupt."""
         source, deadline, plan = self._source, self._deadline, self._plan
+        compilation = None
         grace = 0.0
 
         def interrupted(*_: object) -> None:
@@ -197,11 +198,11 @@ class Run:
             raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint="the script was running")
 
         _signal.signal(proc.SIGINT, interrupted)
-        _signal.signal(SIGALRM, alarmed)
+        _signal.signal(proc.SIGALRM, alarmed)
         if deadline is not None:
             _signal.setitimer(ITIMER_REAL, deadline.left() + 0.05)
         try:
-            # The VMM starts while the source is read.
+            # The VMM starts while the source is read and compiled.
             stdin = 0 if source.leaves_stdin and not _stdin_is_empty() else None
             request = client.Request(
                 source.read(),
@@ -216,6 +217,12 @@ class Run:
                 request.flags |= plan.flags
                 request.file, request.folder, request.mounts = plan.file, plan.folder, plan.mounts
                 request.outputs = plan.open(in_vm=self._values.flag("vm"))
+            if isinstance(vm, machine.Machine):
+                from .. import compiler
+
+                compilation = compiler.start(request.source, request.filename, vm.snapshot.bytecode)
+                if compilation is not None:
+                    request.code = compilation.code
             return vm.run(
                 request,
                 stdout=stdout,
@@ -229,7 +236,9 @@ class Run:
             raise
         finally:
             _signal.setitimer(ITIMER_REAL, 0)
-            _signal.signal(proc.SIGINT, SIG_IGN)
+            _signal.signal(proc.SIGINT, proc.SIG_IGN)
+            if compilation is not None:
+                compilation.close()
 
     def deliver(self, vm: Place, result: client.Result) -> list[str]:
         """When the VM is gone: put the outputs in place; what is left to say. Raises `DhgError` if they cannot be."""
@@ -277,7 +286,7 @@ def _server(values: Values) -> remote.Server:
 
 def _terminated(number: int, _: object) -> None:
     # Unwinds to the VM's context manager, as Ctrl+C does; twice must not cut that short.
-    _signal.signal(number, SIG_IGN)
+    _signal.signal(number, proc.SIG_IGN)
     raise SystemExit(128 + number)
 
 

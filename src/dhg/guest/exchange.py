@@ -19,6 +19,7 @@ class Request:
     __slots__ = (
         "args",
         "base_ns",
+        "code",
         "end_mark",
         "entropy",
         "environ",
@@ -37,13 +38,15 @@ class Request:
         head = frames.REQUEST_HEAD
         if len(payload) < head.size:
             raise frames.FrameError(f"a request of {len(payload)} bytes")
-        self.time_ns, self.base_ns, self.flags, self.rows, source, name, self.entropy, self.end_mark = head.unpack_from(
-            payload
+        self.time_ns, self.base_ns, self.flags, self.rows, source, name, code, self.entropy, self.end_mark = (
+            head.unpack_from(payload)
         )
         at = head.size
         self.source = payload[at : at + source]
         self.filename = frames.text(payload[at + source : at + source + name])
         at += source + name
+        self.code = payload[at : at + code]
+        at += code
         self.file: str | None = None
         self.folder: str | None = None
         self.args: Sequence[str] = ()

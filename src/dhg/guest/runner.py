@@ -13,6 +13,8 @@ from __future__ import annotations
 import _socket
 import fcntl
 import gc
+import importlib.util
+import marshal
 import mmap
 import os
 import select
@@ -26,7 +28,7 @@ from _signal import signal as _set_handler
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..wire import frames
+from ..wire import compiling, frames
 from . import exchange, outputs, preview, reseed, script, shares, stdio
 
 if TYPE_CHECKING:
@@ -166,7 +168,9 @@ class Runner:
         elif not self.clone and request.filename[:1] != "<":
             sys.path[0] = os.path.dirname(os.path.abspath(request.filename))
         out = sys.stdout
-        outcome = script.Script(request.source, request.filename, request.args, self.names, file=request.file).run()
+        outcome = script.Script(
+            request.source, request.filename, request.args, self.names, file=request.file, code=request.code
+        ).run()
         tables = exchange.show_tables(request, outcome, self.finder, self.names, out)
         if request.outputs and outcome.exit_code == 0:
             outcome.output_error = outputs.write(self.names, request.outputs)
@@ -176,13 +180,14 @@ class Runner:
         """Go the way of a request some times, with output and clock as they would be in a clone.
 
         After it all code on that way is in memory, and specialized by the interpreter (PEP 659), which it does after eight calls.
+        First with sources that are compiled here, then with code.
         """
         out, err, null = os.dup(1), os.dup(2), os.open("/dev/null", os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
         try:
-            for _ in range(REHEARSALS):
-                request = exchange.Request(rehearsal())
+            for number in range(REHEARSALS):
+                request = exchange.Request(rehearsal(with_code=number >= REHEARSALS // 2))
                 self.wake(request)
                 outcome, tables = self.run(request)
                 if outcome.exit_code:
@@ -237,13 +242,14 @@ class Runner:
         stdio.write_all(self.control, exchange.result(outcome, tables, times))
 
 
-def rehearsal() -> bytes:
+def rehearsal(*, with_code: bool) -> bytes:
     """The payload of a request that prints a line, as the host makes it."""
     source, name = b"print('rehearsal')", b"<string>"
+    code = marshal.dumps(compiling.compiled(source, "<string>")) if with_code else b""
     flags = frames.FLAG_TABLES | frames.FLAG_TABLE_META
     times = time.time_ns(), time.monotonic_ns()
-    head = frames.REQUEST_HEAD.pack(*times, flags, 10, len(source), len(name), os.urandom(64), bytes(16))
-    return head + source + name
+    head = frames.REQUEST_HEAD.pack(*times, flags, 10, len(source), len(name), len(code), os.urandom(64), bytes(16))
+    return head + source + name + code
 
 
 def log(control: int, text: str) -> None:
@@ -291,6 +297,8 @@ def main_vm() -> None:
     runner = Runner(control, clone=True)
     runner.own_main()
     versions = warmup.warm_up(runner, lambda text: log(control, text))
+    # By which a host whose Python has the same may send code, see compiler.py there.
+    versions["bytecode"] = importlib.util.MAGIC_NUMBER.hex()
     log(control, "rehearsal")
     runner.stdin = attach_ports(channels is None)
     runner.prepare_interrupt()

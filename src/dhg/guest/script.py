@@ -8,6 +8,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import linecache
+import marshal
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ import traceback
 import types
 from collections.abc import Sequence
 from typing import Any
+
+from ..wire.compiling import compiled
 
 #: repr of a result and message of an exception, in what is reported; the text that is printed is never cut.
 MAX_REPORTED = 1 << 20
@@ -40,13 +43,22 @@ class Outcome:
 class Script:
     """One script to be run once. `filename` as given by the user; `<string>` for `-c`, `<stdin>` for `-`.
 
-    `file` is where it is found here, if that is another path or an absolute one: its `__file__`.
+    `file` is where it is found here, if that is another path or an absolute one: its `__file__`. `code` is what the source becomes
+    when it is compiled, as `marshal` writes it; without, it is compiled here.
     """
 
     def __init__(
-        self, source: bytes, filename: str, args: Sequence[str], names: dict[str, Any], *, file: str | None = None
+        self,
+        source: bytes,
+        filename: str,
+        args: Sequence[str],
+        names: dict[str, Any],
+        *,
+        file: str | None = None,
+        code: bytes = b"",
     ) -> None:
         self.source = source
+        self.code = code
         self.filename = filename
         self.args = args
         self.names = names
@@ -72,11 +84,8 @@ class Script:
     def _execute(self) -> None:
         if not self.source.strip():
             return
-        # One expression and nothing else: its value is shown. A statement fails here before anything has run.
-        code = None if self.source.split(None, 1)[0] in _STATEMENTS else self._as_expression()
-        if code is None:
-            exec(compile(self.source, self.filename, "exec", dont_inherit=True), self.names)
-            return
+        code = marshal.loads(self.code) if self.code else compiled(self.source, self.filename)
+        # One expression and nothing else: its value is shown. That of statements is None.
         value = eval(code, self.names)
         if value is not None:
             text = repr(value)
@@ -85,13 +94,6 @@ class Script:
                 print(text)
             except UnicodeEncodeError:
                 print(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
-
-    def _as_expression(self) -> types.CodeType | None:
-        # On its own, so that the script does not run while this SyntaxError is handled and becomes its context.
-        try:
-            return compile(self.source, self.filename, "eval", dont_inherit=True)
-        except (SyntaxError, ValueError):
-            return None
 
     def _wind_up(self) -> None:
         # As the interpreter does at its end: first the threads, then the exit handlers.
@@ -151,9 +153,6 @@ class Script:
             os.write(2, text.encode("utf-8", "backslashreplace"))
 
 
-#: What no expression begins with. A look at it spares most scripts of several lines being compiled twice.
-_STATEMENTS = frozenset(b"import from def class for while with try async if".split())
-
 #: Threads that were there before the script.
 _OURS: set[threading.Thread] = set()
 _threads_before = -1
@@ -194,4 +193,4 @@ def _ours(entry: types.TracebackType) -> bool:
     return entry.tb_frame.f_code.co_filename.startswith(_FOLDER)
 
 
-_FOLDER = os.path.dirname(__file__) + "/"
+_FOLDER = os.path.dirname(os.path.dirname(__file__)) + "/"

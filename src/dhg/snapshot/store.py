@@ -24,7 +24,7 @@ from ..errors import SnapshotError, SnapshotMissing
 from ..wire import frames
 
 #: Version of `launch` and of the manifest.
-FORMAT = 2
+FORMAT = 3
 
 #: How often a lock is tried, every 10 ms.
 LOCK_TRIES = 1000
@@ -40,6 +40,7 @@ L_CPU = 9  # the CPU of the host that made it, where the guest sees that CPU (KV
 L_ENGINE_VERSION = 16  # where the restore depends on it
 L_BASE_NS = 7  # the guest's monotonic clock at the moment of a resume
 L_AHEAD = 17  # pages of `ram` that every clone touches, see readahead.py
+L_BYTECODE = 18  # the magic number of the guest's Python, in hex digits, see compiler.py
 
 
 class Snapshot:
@@ -50,6 +51,7 @@ class Snapshot:
         "ahead",
         "argv",
         "base_ns",
+        "bytecode",
         "engine",
         "engine_version",
         "lock",
@@ -71,6 +73,7 @@ class Snapshot:
         base_ns: int,
         engine_version: str = "",
         ahead: bytes = b"",
+        bytecode: str = "",
     ) -> None:
         self.path = path
         self.version = version
@@ -86,6 +89,8 @@ class Snapshot:
         self.base_ns = base_ns
         #: Pages of `ram` to be read ahead, see readahead.py; empty where they are not known.
         self.ahead = ahead
+        #: The magic number of the bytecode of the guest's Python, in hex digits.
+        self.bytecode = bytecode
 
     @property
     def state(self) -> str:
@@ -223,6 +228,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         base_ns = frames.integer(found[L_BASE_NS][0]) if L_BASE_NS in found else 0
         engine_version = frames.text(found[L_ENGINE_VERSION][0]) if L_ENGINE_VERSION in found else ""
         ahead = found[L_AHEAD][0] if L_AHEAD in found else b""
+        bytecode = frames.text(found[L_BYTECODE][0])
         for size, mtime_ns, name in checks:
             seen = stat_check(os.fsdecode(name))
             if seen != (int(size), int(mtime_ns)):
@@ -245,6 +251,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         base_ns=base_ns,
         engine_version=engine_version,
         ahead=bytes(ahead),
+        bytecode=bytecode,
     )
 
 
@@ -281,6 +288,7 @@ def launch_bytes(
     argv: list[str],
     checked: list[str],
     own: list[tuple[str, str]],
+    bytecode: str,
     engine_version: str = "",
 ) -> bytes:
     """The contents of `launch`; `checked` are files whose size and time are recorded, `own` those of the generation, as
@@ -294,4 +302,10 @@ def launch_bytes(
         data += frames.field(L_CPU, proc.cpu_model())
     if engine == "firecracker":
         data += frames.field(L_ENGINE_VERSION, engine_version)
-    return data + frames.field(L_ACCEL, accel) + frames.field(L_VERSION, version) + frames.field(L_ENGINE, engine)
+    return (
+        data
+        + frames.field(L_ACCEL, accel)
+        + frames.field(L_VERSION, version)
+        + frames.field(L_ENGINE, engine)
+        + frames.field(L_BYTECODE, bytecode)
+    )

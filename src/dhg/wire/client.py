@@ -35,11 +35,12 @@ class Request:
     """A script to run.
 
     `environ` are items NAME=VALUE; `stdin` says whether the script gets any; `flags` are those of REQUEST but FLAG_STDIN;
-    `rows` is how many rows of each table are shown. `file`, `folder`, `mounts` and `outputs` are as in REQUEST.
+    `rows` is how many rows of each table are shown. `file`, `folder`, `mounts` and `outputs` are as in REQUEST. `code` is
+    asked for the script's code when the request is sent; it may have none.
     """
 
     __slots__ = (
-        "args", "environ", "file", "filename", "flags", "folder", "mounts", "outputs", "rows", "source", "stdin"
+        "args", "code", "environ", "file", "filename", "flags", "folder", "mounts", "outputs", "rows", "source", "stdin"
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +57,7 @@ class Request:
         folder: str | None = None,
         mounts: tuple[str, ...] = (),
         outputs: tuple[str, ...] = (),
+        code: Callable[[], bytes] | None = None,
     ) -> None:
         self.source = source
         self.filename = filename
@@ -68,6 +70,7 @@ class Request:
         self.folder = folder
         self.mounts = mounts
         self.outputs = outputs
+        self.code = code
 
 
 class Result:
@@ -110,6 +113,7 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
     Raises `UsageError` for a script that is larger than a frame may be.
     """
     name = request.filename.encode("utf-8", "surrogateescape")
+    code = request.code() if request.code else b""
     head = frames.REQUEST_HEAD.pack(
         clock.resumed_ns if clock else time.time_ns(),
         clock.base_ns if clock else 0,
@@ -117,10 +121,11 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
         request.rows,
         len(request.source),
         len(name),
+        len(code),
         os.urandom(64),
         end_mark,
     )
-    parts = [head, request.source, name]
+    parts = [head, request.source, name, code]
     parts += [frames.field(frames.F_ARG, arg) for arg in request.args]
     parts += [frames.field(frames.F_ENV, item) for item in request.environ]
     for key, text in ((frames.F_FILE, request.file), (frames.F_FOLDER, request.folder)):

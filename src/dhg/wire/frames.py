@@ -25,9 +25,10 @@ The payloads of REQUEST and RESULT begin with a head of their own, and the list 
              8   rows of a table preview
              4   length of the source
              4   length of the file's name
+             4   length of the code; 0: there is none, and the guest compiles the source
              64  entropy
              16  end mark: closes stdout and stderr; ff and 15 random bytes
-             ... source, name of the file
+             ... source, name of the file, code as `marshal` of the guest's Python writes it
 
 Only control travels in frames. The script's stdin, stdout and stderr have a channel of their own each, and
 carry nothing but the script's bytes (and, at the end of stdout and stderr, the end mark of the request).
@@ -41,14 +42,14 @@ from __future__ import annotations
 from struct import Struct
 
 #: The version of this format; the guest's HELLO carries it, the host refuses another.
-PROTOCOL = 1
+PROTOCOL = 2
 
 MAX_PAYLOAD = 64 * 1024 * 1024
 
 _HEAD = Struct("<B3xI")
 _INT = Struct("<q")
 HEAD_SIZE = _HEAD.size
-REQUEST_HEAD = Struct("<qqqqII64s16s")
+REQUEST_HEAD = Struct("<qqqqIII64s16s")
 RESULT_HEAD = Struct("<qqqq")
 
 # Kinds, guest to host.
