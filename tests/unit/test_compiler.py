@@ -185,7 +185,8 @@ def test_the_request_brings_the_code_and_the_guest_runs_it(capsys: pytest.Captur
     code = marshal.dumps(compile("print('code')\nresult = 1", "<string>", "exec"))
     request = client.Request(b"print('source')", code=lambda: code)
     payload = client.encode(request, end_mark=bytes(16))[frames.HEAD_SIZE :]
-    found = exchange.Request(payload)
+    found = exchange.Request()
+    found.decode(payload)
     assert (found.source, found.filename, found.code) == (b"print('source')", "<string>", code)
     names: dict[str, object] = {}
     outcome = script.Script(found.source, found.filename, [], names, code=found.code).run(end=False)
@@ -213,6 +214,8 @@ def test_a_syntax_error_has_no_frame_of_ours(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_rehearsals_requests_are_of_both_kinds() -> None:
-    found = [exchange.Request(runner.rehearsal(with_code=with_code)) for with_code in (False, True)]
-    assert found[0].code == b""
-    assert marshal.loads(found[1].code) == compiled(found[1].source, "<string>")
+    request = exchange.Request()
+    request.decode(runner.rehearsal(with_code=False))
+    assert request.code == b""
+    request.decode(runner.rehearsal(with_code=True))
+    assert marshal.loads(request.code) == compiled(request.source, request.filename)

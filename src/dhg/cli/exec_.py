@@ -301,7 +301,7 @@ class Source:
         #: Whether the caller's stdin is still there for the script.
         self.leaves_stdin = True
         if code is not None:
-            self.filename, self.args = "<string>", tuple(rest)
+            self.filename, self.args = frames.STRING, tuple(rest)
             return
         if not rest:
             raise UsageError("nothing to run", hint="give a script: -c CODE, a file, or - for stdin")

@@ -14,7 +14,7 @@ from . import preview, script
 
 
 class Request:
-    """A decoded REQUEST. Raises `FrameError` for a payload that is none."""
+    """A decoded REQUEST: empty at first, because making an object costs a clone more than filling it."""
 
     __slots__ = (
         "args",
@@ -27,6 +27,8 @@ class Request:
         "filename",
         "flags",
         "folder",
+        "hostname",
+        "machine_id",
         "mounts",
         "outputs",
         "rows",
@@ -34,16 +36,27 @@ class Request:
         "time_ns",
     )
 
-    def __init__(self, payload: bytes) -> None:
+    def decode(self, payload: bytes) -> None:
+        """Fill it from the payload of a REQUEST. Raises `FrameError` for one that is none."""
         head = frames.REQUEST_HEAD
         if len(payload) < head.size:
             raise frames.FrameError(f"a request of {len(payload)} bytes")
-        self.time_ns, self.base_ns, self.flags, self.rows, source, name, code, self.entropy, self.end_mark = (
-            head.unpack_from(payload)
-        )
+        (
+            self.time_ns,
+            self.base_ns,
+            self.flags,
+            self.rows,
+            source,
+            name,
+            code,
+            self.entropy,
+            self.hostname,
+            self.machine_id,
+            self.end_mark,
+        ) = head.unpack_from(payload)
         at = head.size
         self.source = payload[at : at + source]
-        self.filename = frames.text(payload[at + source : at + source + name])
+        self.filename = frames.text(payload[at + source : at + source + name]) if name else frames.STRING
         at += source + name
         self.code = payload[at : at + code]
         at += code
@@ -81,7 +94,7 @@ def show_tables(
     tables: list[str] = []
     if request.flags & frames.FLAG_TABLES and not outcome.raised and finder is not None:
         meta, as_json = bool(request.flags & frames.FLAG_TABLE_META), bool(request.flags & frames.FLAG_JSON)
-        for text, data in finder.texts_and_data(names, request.rows, meta=meta, data=as_json):
+        for text, data in finder.texts_and_data(names, request.rows, meta, as_json):
             if data is not None:
                 tables.append(data)
             elif not as_json:
@@ -92,7 +105,7 @@ def show_tables(
 
 def result(outcome: script.Outcome, tables: list[str], times: tuple[int, int, int]) -> bytes:
     """The RESULT frame; `times` are those of its head. Tables that do not fit are left out."""
-    payload = frames.RESULT_HEAD.pack(outcome.exit_code, *times)
+    payload = frames.RESULT_HEAD.pack(outcome.exit_code, times[0], times[1], times[2])
     if outcome.result_repr is not None:
         payload += frames.field(frames.F_REPR, outcome.result_repr)
     if outcome.error is not None:

@@ -215,9 +215,7 @@ class Finder:
             if kind is not None:
                 self._others.append((kind, title))
 
-    def texts_and_data(
-        self, names: dict[str, Any], rows: int, *, meta: bool, data: bool
-    ) -> list[tuple[str, str | None]]:
+    def texts_and_data(self, names: dict[str, Any], rows: int, meta: bool, data: bool) -> list[tuple[str, str | None]]:
         """Text, and with `data` JSON, of every table that a top-level name is bound to, in the order of first assignment."""
         found: list[tuple[str, str | None]] = []
         for name, value in list(names.items()):

@@ -25,7 +25,8 @@ def run(payload: str, names: dict[str, Any]) -> list[str]:
 
     What is returned are three texts in base64: stdout, stderr, the payload of a RESULT.
     """
-    request = exchange.Request(base64.b64decode(payload))
+    request = exchange.Request()
+    request.decode(base64.b64decode(payload))
     before = dict(names)
     streams = [_stream(), _stream()]
     saved = sys.stdin, sys.stdout, sys.stderr, sys.argv, dict(os.environ)

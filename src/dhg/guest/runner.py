@@ -5,7 +5,8 @@ can and says HELLO; the host freezes the VM while it is blocked in the read of t
 on from that read.
 
 The way from that read to the script is the hot path: under TCG each piece of code that is executed for the first time
-after a restore costs its translation, so it is kept short and imports nothing.
+after a restore costs its translation, so it is kept short and imports nothing. Hence objects that are made before the freeze
+and filled after it, no keyword arguments, and no loops over what is mostly empty; docs/performance.md has the counts.
 """
 
 from __future__ import annotations
@@ -36,13 +37,12 @@ if TYPE_CHECKING:
 
 RUN_DIR = "/run/dhg"
 REHEARSALS = 20
+MAX_READ = 1 << 20
 #: How long setting the clock may take, and how often it is tried: the code for it has to be translated the first time, 3 ms.
 SET_WITHIN_NS, SET_TRIES = 6_000_000, 5
 
-# linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07).
-RNDADDENTROPY = 0x40085203
+# linux/random.h: _IO('R', 0x07).
 RNDRESEEDCRNG = 0x5207
-_POOL_INFO = struct.Struct("ii")
 # linux/fcntl.h, missing in the module: F_SETOWN_EX and its F_OWNER_TID.
 F_SETOWN_EX = 15
 # Those of `signal` are enums, and its functions make enums of what they return.
@@ -68,7 +68,7 @@ def read_frame(fd: int) -> tuple[int, bytes]:
 
 
 def _more(fd: int, size: int) -> bytes:
-    data = os.read(fd, min(size, 1 << 20))
+    data = os.read(fd, size if size < MAX_READ else MAX_READ)
     if not data:
         raise EOFError("the host closed the control channel")
     return data
@@ -93,7 +93,7 @@ class Runner:
         self.stdin = 0
         if clone:
             self._urandom = os.open("/dev/urandom", os.O_RDWR)
-            self._machine_id = map_machine_id()
+            self._machine_id = memoryview(map_machine_id())[:32]
         #: Makes the channels anew where they were lost before a request came; gets and returns the control channel's descriptor.
         self.meet: Callable[[int], int] | None = None
         self.arrange: Any = None
@@ -104,28 +104,35 @@ class Runner:
         self.names = vars(module)
         self.names.update(__builtins__=__builtins__, __annotations__={})
         sys.modules["__main__"] = module
+        self._request = exchange.Request()
+        self._script = script.Script(b"", "", (), self.names)
 
     def wake(self, request: exchange.Request) -> None:
         """Make this clone true and unlike every other: clock, kernel RNG, names, the PRNGs of Python, NumPy, the JVM."""
         self.set_clock(request.time_ns, request.base_ns)
-        entropy = request.entropy
-        fcntl.ioctl(self._urandom, RNDADDENTROPY, _POOL_INFO.pack(len(entropy) * 8, len(entropy)) + entropy)
+        # Mixed in, and then the generator is made anew from it (random(4), Linux 6.1: drivers/char/random.c).
+        os.write(self._urandom, request.entropy)
         fcntl.ioctl(self._urandom, RNDRESEEDCRNG)
-        name = os.urandom(16).hex()
-        self._machine_id[:32] = name.encode()
-        _socket.sethostname("dhg-" + name[:8])
+        self._machine_id[:] = request.machine_id
+        _socket.sethostname(request.hostname)
         self.cells.overwrite()
         if request.mounts or request.flags & frames.FLAG_NO_WORKSPACE:
             self.arrange(request.mounts, not request.flags & frames.FLAG_NO_WORKSPACE)
 
     def set_clock(self, time_ns: int, base_ns: int) -> None:
         """Set the clock, which was at `time_ns` when the monotonic clock was at `base_ns` (0: is at `time_ns` now)."""
-        for _ in range(SET_TRIES):
-            # Both clocks ran on since the resume, at the same pace: how long the request took does not matter.
+        # Both clocks ran on since the resume, at the same pace: how long the request took does not matter.
+        began = time.monotonic_ns()
+        time.clock_settime_ns(time.CLOCK_REALTIME, time_ns + (began - base_ns if base_ns else 0))
+        # Where many VMs share few CPUs one may lose its CPU in between, and be late by that.
+        if time.monotonic_ns() - began > SET_WITHIN_NS and base_ns:
+            self._set_again(time_ns, base_ns)
+
+    def _set_again(self, time_ns: int, base_ns: int) -> None:
+        for _ in range(SET_TRIES - 1):
             began = time.monotonic_ns()
-            time.clock_settime_ns(time.CLOCK_REALTIME, time_ns + (began - base_ns if base_ns else 0))
-            # Where many VMs share few CPUs one may lose its CPU in between, and be late by that.
-            if time.monotonic_ns() - began < SET_WITHIN_NS or not base_ns:
+            time.clock_settime_ns(time.CLOCK_REALTIME, time_ns + began - base_ns)
+            if time.monotonic_ns() - began <= SET_WITHIN_NS:
                 break
 
     def prepare_interrupt(self) -> None:
@@ -160,7 +167,8 @@ class Runner:
 
     def run(self, request: exchange.Request) -> tuple[script.Outcome, list[str]]:
         """Run the script, show its tables, write its outputs; its outcome and, if asked for, the tables as JSON."""
-        exchange.set_environ(request)
+        if request.environ:
+            exchange.set_environ(request)
         if request.flags & frames.FLAG_STDIN:
             os.dup2(self.stdin, 0)
         if request.folder is not None:
@@ -168,9 +176,13 @@ class Runner:
         elif not self.clone and request.filename[:1] != "<":
             sys.path[0] = os.path.dirname(os.path.abspath(request.filename))
         out = sys.stdout
-        outcome = script.Script(
-            request.source, request.filename, request.args, self.names, file=request.file, code=request.code
-        ).run()
+        ready = self._script
+        ready.source = request.source
+        ready.filename = request.filename
+        ready.args = request.args
+        ready.file = request.file
+        ready.code = request.code
+        outcome = ready.run()
         tables = exchange.show_tables(request, outcome, self.finder, self.names, out)
         if request.outputs and outcome.exit_code == 0:
             outcome.output_error = outputs.write(self.names, request.outputs)
@@ -187,7 +199,8 @@ class Runner:
         os.dup2(null, 2)
         try:
             for number in range(REHEARSALS):
-                request = exchange.Request(rehearsal(with_code=number >= REHEARSALS // 2))
+                request = self._request
+                request.decode(rehearsal(with_code=number >= REHEARSALS // 2))
                 self.wake(request)
                 outcome, tables = self.run(request)
                 if outcome.exit_code:
@@ -222,7 +235,8 @@ class Runner:
         woken = time.monotonic_ns()
         if kind != frames.REQUEST:
             raise frames.FrameError(f"kind {kind} instead of a request")
-        request = exchange.Request(payload)
+        request = self._request
+        request.decode(payload)
         if self.clone:
             try:
                 self.wake(request)
@@ -244,12 +258,13 @@ class Runner:
 
 def rehearsal(*, with_code: bool) -> bytes:
     """The payload of a request that prints a line, as the host makes it."""
-    source, name = b"print('rehearsal')", b"<string>"
-    code = marshal.dumps(compiling.compiled(source, "<string>")) if with_code else b""
+    source = b"print('rehearsal')"
+    code = marshal.dumps(compiling.compiled(source, frames.STRING)) if with_code else b""
     flags = frames.FLAG_TABLES | frames.FLAG_TABLE_META
     times = time.time_ns(), time.monotonic_ns()
-    head = frames.REQUEST_HEAD.pack(*times, flags, 10, len(source), len(name), len(code), os.urandom(64), bytes(16))
-    return head + source + name + code
+    names = b"dhg-rehearse", b"0" * 32
+    head = frames.REQUEST_HEAD.pack(*times, flags, 10, len(source), 0, len(code), os.urandom(64), *names, bytes(16))
+    return head + source + code
 
 
 def log(control: int, text: str) -> None:

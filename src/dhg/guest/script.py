@@ -18,6 +18,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+from ..wire import frames
 from ..wire.compiling import compiled
 
 #: repr of a result and message of an exception, in what is reported; the text that is printed is never cut.
@@ -67,24 +68,30 @@ class Script:
 
     def run(self, *, end: bool = True) -> Outcome:
         """Run it to its end; with `end`, that of its threads and exit handlers included."""
-        is_file = self.filename[:1] != "<"
-        sys.argv = [self.filename if is_file else {"<string>": "-c"}.get(self.filename, "-"), *self.args]
-        if is_file:
+        if self.filename[:1] != "<":
+            sys.argv = [self.filename]
             self.names["__file__"] = self.file or self.filename
+        else:
+            sys.argv = ["-c" if self.filename == frames.STRING else "-"]
+        if self.args:
+            sys.argv += self.args
         self._guard(self._execute)
         if end:
             self._guard(self._wind_up)
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (AttributeError, OSError, ValueError):
-                pass
+        _flush_stdout()
+        try:
+            sys.stderr.flush()
+        except (AttributeError, OSError, ValueError):
+            pass
         return self.outcome
 
     def _execute(self) -> None:
-        if not self.source.strip():
+        if self.code:
+            code = marshal.loads(self.code)
+        elif self.source.strip():
+            code = compiled(self.source, self.filename)
+        else:
             return
-        code = marshal.loads(self.code) if self.code else compiled(self.source, self.filename)
         # One expression and nothing else: its value is shown. That of statements is None.
         value = eval(code, self.names)
         if value is not None:

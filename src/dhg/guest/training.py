@@ -38,7 +38,7 @@ def main(archive: str, heap_mib: str) -> None:
         names: dict[str, Any] = {"__name__": "__main__", "turn": 1}
         for line in run(source, names):
             print(f"{name}: {line}", file=sys.stderr)
-        for _ in finder.texts_and_data(names, 10, meta=True, data=True):
+        for _ in finder.texts_and_data(names, 10, True, True):
             pass
     sys.stderr.flush()
     import jpy

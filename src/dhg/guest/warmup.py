@@ -128,7 +128,7 @@ def rehearse(finder: preview.Finder, name: str, source: str, **given: int) -> No
     outcome = script.Script(source.encode(), f"<warm-up {name}>", [], names).run()
     if outcome.exit_code:
         raise RuntimeError(f"the warm-up script {name!r} failed: {outcome.error}")
-    for text, _ in finder.texts_and_data(names, 10, meta=True, data=True):
+    for text, _ in finder.texts_and_data(names, 10, True, True):
         print(text)
         if "no preview" in text:
             raise RuntimeError(f"the warm-up script {name!r}: {text.strip()}")

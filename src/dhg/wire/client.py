@@ -46,7 +46,7 @@ class Request:
     def __init__(
         self,
         source: bytes,
-        filename: str = "<string>",
+        filename: str = frames.STRING,
         *,
         args: tuple[str, ...] = (),
         environ: tuple[str, ...] = (),
@@ -108,11 +108,12 @@ class Clock:
 
 
 def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> bytes:
-    """The REQUEST frame. Takes fresh entropy, and without `clock` the time, when it is called: call it last.
+    """The REQUEST frame. Takes fresh entropy and names, and without `clock` the time, when it is called: call it last.
 
     Raises `UsageError` for a script that is larger than a frame may be.
     """
-    name = request.filename.encode("utf-8", "surrogateescape")
+    name = b"" if request.filename == frames.STRING else request.filename.encode("utf-8", "surrogateescape")
+    machine_id = os.urandom(16).hex().encode()
     code = request.code() if request.code else b""
     head = frames.REQUEST_HEAD.pack(
         clock.resumed_ns if clock else time.time_ns(),
@@ -123,6 +124,8 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
         len(name),
         len(code),
         os.urandom(64),
+        b"dhg-" + machine_id[:8],
+        machine_id,
         end_mark,
     )
     parts = [head, request.source, name, code]

@@ -24,9 +24,11 @@ The payloads of REQUEST and RESULT begin with a head of their own, and the list 
              8   flags, see below                         8  ns from there to its end
              8   rows of a table preview
              4   length of the source
-             4   length of the file's name
+             4   length of the file's name; 0: it is <string>
              4   length of the code; 0: there is none, and the guest compiles the source
              64  entropy
+             12  host name, dhg- and 8 hex digits
+             32  machine id, hex digits
              16  end mark: closes stdout and stderr; ff and 15 random bytes
              ... source, name of the file, code as `marshal` of the guest's Python writes it
 
@@ -49,8 +51,11 @@ MAX_PAYLOAD = 64 * 1024 * 1024
 _HEAD = Struct("<B3xI")
 _INT = Struct("<q")
 HEAD_SIZE = _HEAD.size
-REQUEST_HEAD = Struct("<qqqqIII64s16s")
+REQUEST_HEAD = Struct("<qqqqIII64s12s32s16s")
 RESULT_HEAD = Struct("<qqqq")
+
+#: The file name of a script that is given by -c.
+STRING = "<string>"
 
 # Kinds, guest to host.
 HELLO = 1  # the runner is up, warm, and waits for a request
