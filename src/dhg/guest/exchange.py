@@ -49,6 +49,8 @@ class Request:
             source,
             name,
             code,
+            file,
+            folder,
             self.entropy,
             self.hostname,
             self.machine_id,
@@ -56,12 +58,15 @@ class Request:
         ) = head.unpack_from(payload)
         at = head.size
         self.source = payload[at : at + source]
-        self.filename = frames.text(payload[at + source : at + source + name]) if name else frames.STRING
-        at += source + name
+        at += source
+        self.filename = frames.text(payload[at : at + name]) if name else frames.STRING
+        at += name
         self.code = payload[at : at + code]
         at += code
-        self.file: str | None = None
-        self.folder: str | None = None
+        self.file = frames.text(payload[at : at + file]) if file else None
+        at += file
+        self.folder = frames.text(payload[at : at + folder]) if folder else None
+        at += folder
         self.args: Sequence[str] = ()
         self.environ: Sequence[str] = ()
         self.mounts: Sequence[str] = ()
@@ -76,8 +81,6 @@ class Request:
         self.environ = texts.get(frames.F_ENV, ())
         self.mounts = texts.get(frames.F_MOUNT, ())
         self.outputs = texts.get(frames.F_OUTPUT, ())
-        self.file = texts[frames.F_FILE][0] if frames.F_FILE in texts else None
-        self.folder = texts[frames.F_FOLDER][0] if frames.F_FOLDER in texts else None
 
 
 def set_environ(request: Request) -> None:

@@ -263,7 +263,9 @@ def rehearsal(*, with_code: bool) -> bytes:
     flags = frames.FLAG_TABLES | frames.FLAG_TABLE_META
     times = time.time_ns(), time.monotonic_ns()
     names = b"dhg-rehearse", b"0" * 32
-    head = frames.REQUEST_HEAD.pack(*times, flags, 10, len(source), 0, len(code), os.urandom(64), *names, bytes(16))
+    head = frames.REQUEST_HEAD.pack(
+        *times, flags, 10, len(source), 0, len(code), 0, 0, os.urandom(64), *names, bytes(16)
+    )
     return head + source + code
 
 

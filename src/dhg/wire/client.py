@@ -112,7 +112,8 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
 
     Raises `UsageError` for a script that is larger than a frame may be.
     """
-    name = b"" if request.filename == frames.STRING else request.filename.encode("utf-8", "surrogateescape")
+    name = frames.octets("" if request.filename == frames.STRING else request.filename)
+    file, folder = frames.octets(request.file or ""), frames.octets(request.folder or "")
     machine_id = os.urandom(16).hex().encode()
     code = request.code() if request.code else b""
     head = frames.REQUEST_HEAD.pack(
@@ -123,17 +124,16 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
         len(request.source),
         len(name),
         len(code),
+        len(file),
+        len(folder),
         os.urandom(64),
         b"dhg-" + machine_id[:8],
         machine_id,
         end_mark,
     )
-    parts = [head, request.source, name, code]
+    parts = [head, request.source, name, code, file, folder]
     parts += [frames.field(frames.F_ARG, arg) for arg in request.args]
     parts += [frames.field(frames.F_ENV, item) for item in request.environ]
-    for key, text in ((frames.F_FILE, request.file), (frames.F_FOLDER, request.folder)):
-        if text is not None:
-            parts.append(frames.field(key, text))
     for key, texts in ((frames.F_MOUNT, request.mounts), (frames.F_OUTPUT, request.outputs)):
         parts += [frames.field(key, text) for text in texts]
     try:

@@ -26,11 +26,13 @@ The payloads of REQUEST and RESULT begin with a head of their own, and the list 
              4   length of the source
              4   length of the file's name; 0: it is <string>
              4   length of the code; 0: there is none, and the guest compiles the source
+             4   length of the script's path in the guest; 0: it lies in no directory that is shared
+             4   length of the directory that a script given by path has first on sys.path; 0: none
              64  entropy
              12  host name, dhg- and 8 hex digits
              32  machine id, hex digits
              16  end mark: closes stdout and stderr; ff and 15 random bytes
-             ... source, name of the file, code as `marshal` of the guest's Python writes it
+             ... source, name of the file, code as `marshal` of the guest's Python writes it, path, directory
 
 Only control travels in frames. The script's stdin, stdout and stderr have a channel of their own each, and
 carry nothing but the script's bytes (and, at the end of stdout and stderr, the end mark of the request).
@@ -51,7 +53,7 @@ MAX_PAYLOAD = 64 * 1024 * 1024
 _HEAD = Struct("<B3xI")
 _INT = Struct("<q")
 HEAD_SIZE = _HEAD.size
-REQUEST_HEAD = Struct("<qqqqIII64s12s32s16s")
+REQUEST_HEAD = Struct("<qqqqIIIII64s12s32s16s")
 RESULT_HEAD = Struct("<qqqq")
 
 #: The file name of a script that is given by -c.
@@ -86,8 +88,6 @@ F_BASE_NS = 25
 # Fields of REQUEST.
 F_ARG = 18  # sys.argv[1:], one a field
 F_ENV = 19  # NAME=VALUE, one a field
-F_FILE = 26  # the script's path in the guest, if it lies in a directory that is shared
-F_FOLDER = 27  # the directory that a script given by path has first on sys.path
 F_MOUNT = 28  # where share 1, 2, ... is to appear, one a field; share 0 is /workspace
 F_OUTPUT = 29  # a table to write when the script has succeeded: NAME, format, path, each ended by a NUL
 
@@ -126,7 +126,7 @@ def field(key: int, value: bytes | str | int) -> bytes:
     if isinstance(value, int):
         value = _INT.pack(value)
     elif isinstance(value, str):
-        value = value.encode("utf-8", "surrogateescape")
+        value = octets(value)
     return _HEAD.pack(key, len(value)) + value
 
 
@@ -154,6 +154,11 @@ def integer(value: bytes) -> int:
         raise FrameError(f"number of {len(value)} bytes")
     number: int = _INT.unpack(value)[0]
     return number
+
+
+def octets(text: str) -> bytes:
+    """The value that stands for a text; lone surrogates become the bytes that they stand for."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def text(value: bytes) -> str:
