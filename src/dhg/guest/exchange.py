@@ -96,13 +96,15 @@ def show_tables(
     """Write the previews of the tables in `names` to `out`; or, where the request wants data, return them as JSON texts."""
     tables: list[str] = []
     if request.flags & frames.FLAG_TABLES and not outcome.raised and finder is not None:
-        meta, as_json = bool(request.flags & frames.FLAG_TABLE_META), bool(request.flags & frames.FLAG_JSON)
-        for text, data in finder.texts_and_data(names, request.rows, meta, as_json):
-            if data is not None:
-                tables.append(data)
-            elif not as_json:
-                out.write(text)
-        out.flush()
+        meta, as_json = request.flags & frames.FLAG_TABLE_META != 0, request.flags & frames.FLAG_JSON != 0
+        found = finder.texts_and_data(names, request.rows, meta, as_json)
+        if found:
+            for text, data in found:
+                if data is not None:
+                    tables.append(data)
+                elif not as_json:
+                    out.write(text)
+            out.flush()
     return tables
 
 
