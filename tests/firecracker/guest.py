@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib.util
 import os
 import signal
 import socket
@@ -107,7 +108,8 @@ def main() -> None:
     script.settle()
     sys.path[0] = ""
     if BOOT:
-        versions = {"python": sys.version.split()[0], "deephaven": "stand-in"}
+        bytecode = importlib.util.MAGIC_NUMBER.hex()
+        versions = {"python": sys.version.split()[0], "deephaven": "stand-in", "bytecode": bytecode}
         stdio.write_all(control, runner.hello(versions))
     channels.stdin, guest.meet = guest.stdin, channels.meet
     guest.use(channels.meet(-1))

@@ -287,7 +287,7 @@ def _fill(
         memory_mib=spec.memory_mib,
         argv=engines.restore_argv(spec, f"{final}/ram"),
         checked=checked,
-        bytecode=versions["bytecode"],
+        bytecode=versions.get("bytecode", ""),
         own=[(f"{tmp}/{name}", f"{final}/{name}") for name in own],
     )
     _write(f"{tmp}/launch", launch)
