@@ -14,6 +14,7 @@ from __future__ import annotations
 import marshal
 import os
 import select
+from _frozen_importlib_external import MAGIC_NUMBER  # `importlib.util` imports much more
 from _struct import Struct
 
 from . import config, proc
@@ -29,7 +30,7 @@ MAX_MEMORY = 1 << 30
 _SIZE = Struct("<I")
 
 # linux/prctl.h, linux/seccomp.h, linux/audit.h.
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 38, 22, 2
 RET_KILL_PROCESS, RET_EPERM, RET_ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
 AUDIT_ARCH_X86_64 = 0xC000003E
 # linux/bpf_common.h: load a word at an offset; jump if equal; return.
@@ -90,8 +91,6 @@ def start(source: bytes, filename: str, bytecode: str) -> Compilation | None:
 
     None where this cannot be, or must not (`DHG_VM_COMPILE`).
     """
-    from _frozen_importlib_external import MAGIC_NUMBER
-
     if (
         MAGIC_NUMBER.hex() != bytecode
         or os.uname().machine != "x86_64"
@@ -125,26 +124,21 @@ def _work(source: bytes, filename: str, pipe: int) -> None:
 def _confine() -> None:
     """Give up everything but memory and descriptors that are open, for good. Raises `OSError`."""
     import ctypes
-    import resource
 
-    for kind, value in (
-        (resource.RLIMIT_CPU, MAX_CPU_S),
-        (resource.RLIMIT_AS, MAX_MEMORY),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+    proc.limit(os.getpid(), address_space_bytes=MAX_MEMORY, files=False, cpu_s=MAX_CPU_S)
     code = program()
     buffer = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog: how many instructions, and where.
     fprog = ctypes.create_string_buffer(Struct("@HP").pack(len(code) // 8, ctypes.addressof(buffer)))
     prctl = ctypes.CDLL(None).prctl
     prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
-    if prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or prctl(
-        PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(fprog), 0, 0
+    for option, value, more in (
+        (PR_SET_PDEATHSIG, proc.SIGKILL, 0),
+        (PR_SET_NO_NEW_PRIVS, 1, 0),
+        (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(fprog)),
     ):
-        raise OSError("no seccomp")
+        if prctl(option, value, more, 0, 0):
+            raise OSError("no seccomp")
 
 
 def program() -> bytes:

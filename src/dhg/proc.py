@@ -1,7 +1,8 @@
 """The only place that makes processes. On the hot path: imports `os`, `fcntl` and `select` only.
 
-A child has its own process group, stdin from /dev/null, a minimal environment, and exactly the descriptors it was
-given. Every wait has a deadline. Leaving a `Process` is TERM, a grace period, KILL, reap.
+A program has its own process group, stdin from /dev/null, a minimal environment, and exactly the descriptors it was
+given; a copy of this process (`fork`) has those, too. Every wait has a deadline. Leaving a `Process` is TERM, a grace period, KILL,
+reap.
 """
 
 from __future__ import annotations
@@ -225,14 +226,16 @@ def unprivileged_id() -> int:
     return min(largest, 65534)
 
 
-def limit(pid: int, *, address_space_bytes: int, files: bool = True) -> None:
-    """Bound what a child may take: address space, no core; with `files` (a VMM) also no files written, few descriptors."""
+def limit(pid: int, *, address_space_bytes: int, files: bool = True, cpu_s: int | None = None) -> None:
+    """Bound what a child may take: address space, no core; with `files` (a VMM) also no files written, few descriptors; and CPU time."""
     import resource
 
     limits = [(resource.RLIMIT_AS, address_space_bytes), (resource.RLIMIT_CORE, 0)]
     if files:
         # Room for what it says of itself into the log that it inherits.
         limits += [(resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_NOFILE, 512)]
+    if cpu_s is not None:
+        limits.append((resource.RLIMIT_CPU, cpu_s))
     for kind, value in limits:
         try:
             resource.prlimit(pid, kind, (value, value))

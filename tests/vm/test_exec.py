@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import DEADLINE_S, DHG, Dhg, qemus_of
 
-from dhg import compiler, config, machine, proc
+from dhg import config, machine, proc
 from dhg.snapshot import store
 from dhg.wire import client
 
@@ -114,9 +114,20 @@ def test_code_that_comes_with_the_request_is_what_runs() -> None:
         request = client.Request(b"print('source')", code=lambda: code)
         result = vm.run(request, stdout=out.append, stderr=out.append, deadline=proc.Deadline(DEADLINE_S))
     assert (result.exit_code, b"".join(out)) == (0, b"code\n")
-    compilation = compiler.start(b"print('source')", "<string>", snapshot.bytecode)
-    assert compilation is not None
-    compilation.close()
+    # And the command line has it compiled here: by a compiler that makes something else of it.
+    command = (
+        "from dhg import compiler\n"
+        "compiler.compiled = lambda source, name: compile('print(\"ours\")', name, 'exec')\n"
+        "compiler.PATIENCE_MS = 20_000.0\n"
+        "from dhg.cli import main\n"
+        "main(['exec', '--vm', '-c', 'print(0)'])\n"
+    )
+    for where, printed in (("host", b"ours\n"), ("guest", b"0\n")):
+        environ = {**os.environ, "DHG_VM_COMPILE": where}
+        done = subprocess.run(
+            [sys.executable, "-c", command], capture_output=True, timeout=DEADLINE_S, env=environ, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, printed, b"")
 
 
 def test_output_streams_as_it_is_printed() -> None:

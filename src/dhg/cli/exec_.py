@@ -14,7 +14,7 @@ from .options import Option, Values, help_text, parse, positive_integer, positiv
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .. import embedded, remote
+    from .. import compiler, embedded, remote
     from . import sharing
 
     #: What a script can run in. Each has `run`, `interrupt`, `usage`, `close`, and says what it is.
@@ -213,16 +213,11 @@ class Run:
                 flags=self.flags,
                 rows=self.rows,
             )
+            compilation = _compilation(vm, request)
             if plan is not None:
                 request.flags |= plan.flags
                 request.file, request.folder, request.mounts = plan.file, plan.folder, plan.mounts
                 request.outputs = plan.open(in_vm=self._values.flag("vm"))
-            if isinstance(vm, machine.Machine):
-                from .. import compiler
-
-                compilation = compiler.start(request.source, request.filename, vm.snapshot.bytecode)
-                if compilation is not None:
-                    request.code = compilation.code
             return vm.run(
                 request,
                 stdout=stdout,
@@ -264,6 +259,18 @@ class Run:
         """Remove what was prepared for outputs."""
         if self._plan is not None and self._plan.outputs is not None:
             self._plan.outputs.close()
+
+
+def _compilation(vm: Place, request: client.Request) -> compiler.Compilation | None:
+    """Begin to compile the script for a VM that is starting, if that can be done here; the request will bring the code."""
+    if not isinstance(vm, machine.Machine):
+        return None
+    from .. import compiler
+
+    found = compiler.start(request.source, request.filename, vm.snapshot.bytecode)
+    if found is not None:
+        request.code = found.code
+    return found
 
 
 def _server(values: Values) -> remote.Server:
