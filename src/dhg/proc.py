@@ -227,7 +227,7 @@ def unprivileged_id() -> int:
 
 
 def limit(pid: int, *, address_space_bytes: int, files: bool = True, cpu_s: int | None = None) -> None:
-    """Bound what a child may take: address space, no core; with `files` (a VMM) also no files written, few descriptors; and CPU time."""
+    """Bound what a child may take: address space, no core; with `files` (a VMM) also no files written, few descriptors; CPU."""
     import resource
 
     limits = [(resource.RLIMIT_AS, address_space_bytes), (resource.RLIMIT_CORE, 0)]
