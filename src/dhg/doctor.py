@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import config, proc
 from .engine import probe
-from .errors import DhgError
-from .snapshot import inventory
+from .errors import DhgError, SnapshotMissing
+from .snapshot import inventory, store
 
 
 class Finding(NamedTuple):
@@ -152,24 +152,33 @@ def _memory() -> Finding:
 
 
 def _snapshots() -> list[Finding]:
-    found = []
-    kvm = _known_kvm()
-    for path in inventory.generations():
-        item = inventory.describe(path)
-        name = f"snapshot {item['version']} ({item['engine']})"
-        text = f"{item['accel']}, {item['disk_bytes'] >> 20} MiB"
-        if item["fits"] and item["accel"] == "tcg" and kvm is not None and kvm.usable:
-            remedy = f"dhg vm prepare --version {item['version']}"
-            found.append(Finding(name, "note", f"{text}; KVM works here and would be faster", remedy))
-        elif item["fits"]:
-            found.append(Finding(name, "ok", text))
-        else:
+    """Only the snapshot that `dhg exec --vm` takes by itself can be bad; the others have to be asked for."""
+    items = [inventory.describe(path) for path in inventory.generations()]
+    found, chosen = list[Finding](), None
+    try:
+        chosen = store.choose()
+        if chosen not in [(item["version"], item["engine"]) for item in items]:
+            remedy = store.prepare_command(chosen[0], engine=chosen[1])
             found.append(
-                Finding(name, "bad", str(item["problem"]), f"dhg vm prepare --version {item['version']} --force")
+                Finding("snapshots", "bad", f"there is none of {config.title(chosen[0])} ({chosen[1]})", remedy)
             )
-    if not found:
-        found.append(Finding("snapshots", "bad", "there is none", "dhg vm prepare"))
-    return found
+    except SnapshotMissing as error:
+        found.append(Finding("snapshots", "bad", str(error), store.prepare_command()))
+    except DhgError as error:
+        found.append(Finding("snapshots", "bad", str(error), error.hint))
+    return found + [_snapshot(item, (item["version"], item["engine"]) == chosen) for item in items]
+
+
+def _snapshot(item: dict[str, Any], chosen: bool) -> Finding:
+    name = f"snapshot {item['version']} ({item['engine']})"
+    remedy = store.prepare_command(item["version"], engine=item["engine"])
+    if not item["fits"]:
+        return Finding(name, "bad" if chosen else "note", str(item["problem"]), remedy + " --force")
+    text = f"{item['accel']}, {item['disk_bytes'] >> 20} MiB"
+    kvm = _known_kvm()
+    if item["accel"] == "tcg" and kvm is not None and kvm.usable:
+        return Finding(name, "note", f"{text}; KVM works here and would be faster", remedy)
+    return Finding(name, "ok", text)
 
 
 def _leftovers() -> list[Finding]:

@@ -127,7 +127,8 @@ class Machine:
                 raise DeadlineExceeded(
                     f"timed out after {deadline.timeout_s:g} s", hint="the script did not run"
                 ) from error
-            hint = f"the script did not run; {store.prepare_hint(self.snapshot.version)[:-1]} --force` makes the snapshot anew"
+            command = store.prepare_command(self.snapshot.version, engine=self.snapshot.engine)
+            hint = f"the script did not run; `{command} --force` makes the snapshot anew"
             raise MachineError(
                 f"the VM could not be restored: {error}", hint=hint, detail=error.detail or vm.said()
             ) from error

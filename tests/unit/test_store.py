@@ -80,6 +80,16 @@ def test_a_snapshot_made_under_tcg_is_refused_under_kvm(home: Path) -> None:
     assert refused.value.hint == "run `dhg vm prepare --version 42.7 --accel kvm`, or leave --accel out"
 
 
+def test_the_next_step_is_for_the_engine_that_was_asked_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(home, "42.7", accel="tcg")
+    assert store.choose() == ("42.7", "qemu")
+    monkeypatch.setenv("DHG_ENGINE", "firecracker")
+    assert store.choose() == ("42.7", "firecracker")
+    with pytest.raises(SnapshotMissing) as refused:
+        opened()
+    assert refused.value.hint == "run `dhg vm prepare --version 42.7 --engine firecracker`"
+
+
 def test_a_snapshot_made_under_kvm_needs_kvm(home: Path) -> None:
     make(home, "42.7", accel="kvm")
     if os.access("/dev/kvm", os.R_OK | os.W_OK):

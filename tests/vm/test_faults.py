@@ -294,6 +294,33 @@ def test_doctor(dhg: Dhg, tmp_path: Path) -> None:
     assert b"-> dhg vm prepare" in done.stdout
 
 
+def test_doctor_minds_the_snapshot_that_exec_takes(dhg: Dhg, copy: Path) -> None:
+    def examined(**env: str) -> tuple[int, dict[str, tuple[str, str]]]:
+        done = dhg("doctor", "--json", env={"DHG_HOME": str(copy), **env})
+        findings = {item["name"]: item for item in json.loads(done.stdout)["findings"]}
+        found = {
+            name: (item["level"], item["remedy"] or "") for name, item in findings.items() if name.startswith("snap")
+        }
+        return done.returncode, found
+
+    version = generation(copy).parent.name
+    other = copy / "snapshots" / "0.36.1"
+    shutil.copytree(generation(copy).parent, other, symlinks=True)
+    (other / generation(copy).name / "launch").unlink()
+    # The newest is taken.
+    os.utime(other / generation(copy).name, ns=(1, 1))
+    assert hello(dhg, copy)[:2] == (0, b"hello\n")
+    remedy = "dhg vm prepare --version 0.36.1 --force"
+    assert examined() == (0, {f"snapshot {version} (qemu)": ("ok", ""), "snapshot 0.36.1 (qemu)": ("note", remedy)})
+    assert dhg("exec", "--vm", "-c", "", env={"DHG_HOME": str(copy), "DHG_VERSION": "0.36.1"}).returncode == 2
+    code, found = examined(DHG_VERSION="0.36.1")
+    assert (code, found["snapshot 0.36.1 (qemu)"]) == (1, ("bad", remedy))
+    code, found = examined(DHG_VERSION="0.36.2")
+    assert (code, found["snapshots"]) == (1, ("bad", "dhg vm prepare --version 0.36.2"))
+    code, found = examined(DHG_ENGINE="firecracker")
+    assert (code, found["snapshots"]) == (1, ("bad", f"dhg vm prepare --version {version} --engine firecracker"))
+
+
 def test_doctor_finds_and_removes_leftovers(dhg: Dhg, copy: Path) -> None:
     left = generation(copy).parent / ".qemu-0123456789ab.tmp"
     left.mkdir()

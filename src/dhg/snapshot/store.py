@@ -98,10 +98,15 @@ class Snapshot:
         return self.path + "/state"
 
 
-def prepare_hint(version: str | None = None, accel: str | None = None) -> str:
-    """The command that makes a snapshot."""
-    more = (f" --version {version}" if version else "") + (f" --accel {accel}" if accel else "")
-    return f"run `dhg vm prepare{more}`"
+def prepare_command(version: str | None = None, *, engine: str | None = None, accel: str | None = None) -> str:
+    """The command that makes a snapshot; QEMU is what it takes by default."""
+    more = (f" --version {version}" if version else "") + (" --engine firecracker" if engine == "firecracker" else "")
+    return f"dhg vm prepare{more}" + (f" --accel {accel}" if accel else "")
+
+
+def prepare_hint(version: str | None = None, *, engine: str | None = None, accel: str | None = None) -> str:
+    """The next step where a snapshot is missing or does not fit."""
+    return f"run `{prepare_command(version, engine=engine, accel=accel)}`"
 
 
 def versions() -> list[str]:
@@ -141,6 +146,15 @@ def resolve_version(version: str | None) -> str:
     return found[0]
 
 
+def choose(version: str | None = None, engine: str | None = None) -> tuple[str, str]:
+    """The version and the engine whose snapshot is taken, whether it is there or not, as `open_snapshot` has them.
+
+    Raises `SnapshotMissing` if there is no snapshot of Deephaven at all, `UsageError` for a version or an engine that cannot be.
+    """
+    version = resolve_version(version)
+    return version, engine or config.engine() or _engine_in(f"{config.snapshots_dir()}/{version}")
+
+
 def open_snapshot(version: str | None = None, *, engine: str | None = None, accel: str | None = None) -> Snapshot:
     """Look a snapshot up, check that it fits, and lock it against removal.
 
@@ -149,10 +163,8 @@ def open_snapshot(version: str | None = None, *, engine: str | None = None, acce
 
     Raises `SnapshotMissing` if there is none of that version, `SnapshotError` if it is damaged or does not fit this host.
     """
-    version = resolve_version(version)
-    folder = f"{config.snapshots_dir()}/{version}"
-    engine = engine or config.engine() or _engine_in(folder)
-    link = f"{folder}/{engine}"
+    version, engine = choose(version, engine)
+    link = f"{config.snapshots_dir()}/{version}/{engine}"
     # A prepare may replace the generation between our look at the link and our lock.
     name = None
     while True:
@@ -160,7 +172,7 @@ def open_snapshot(version: str | None = None, *, engine: str | None = None, acce
             before, name = name, os.readlink(link)
         except OSError:
             raise SnapshotMissing(
-                f"there is no snapshot of {config.title(version)}", hint=prepare_hint(version)
+                f"there is no snapshot of {config.title(version)}", hint=prepare_hint(version, engine=engine)
             ) from None
         path = f"{os.path.dirname(link)}/{name}"
         lock = -1
@@ -171,7 +183,7 @@ def open_snapshot(version: str | None = None, *, engine: str | None = None, acce
                 raise SnapshotError(
                     f"the snapshot of {config.title(version)} was made under {snapshot.accel.upper()}"
                     f" and does not run under {accel.upper()}",
-                    hint=prepare_hint(version, accel) + ", or leave --accel out",
+                    hint=prepare_hint(version, engine=engine, accel=accel) + ", or leave --accel out",
                 )
             return snapshot
         except FileNotFoundError as error:
@@ -180,7 +192,7 @@ def open_snapshot(version: str | None = None, *, engine: str | None = None, acce
             if name == before:
                 raise SnapshotError(
                     f"the snapshot of {config.title(version)} is damaged: there is no {error.filename}",
-                    hint=prepare_hint(version) + " to make it anew",
+                    hint=prepare_hint(version, engine=engine) + " to make it anew",
                 ) from None
         except BaseException:
             if lock >= 0:
@@ -210,7 +222,7 @@ def _lock(path: str) -> int:
 def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
     """The snapshot in the directory `path`, checked. Raises `SnapshotError`, `FileNotFoundError`."""
     damaged = f"the snapshot of {config.title(version)} is damaged"
-    hint = prepare_hint(version) + " to make it anew"
+    hint = prepare_hint(version, engine=engine) + " to make it anew"
     fd = os.open(path + "/launch", os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = os.read(fd, 1 << 20)
@@ -237,7 +249,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
                     f"the snapshot of {config.title(version)} does not fit: {os.fsdecode(name)} {what}", hint=hint
                 )
         if accel == "kvm":
-            _check_kvm(version, frames.text(found[L_CPU][0]))
+            _check_kvm(version, engine, frames.text(found[L_CPU][0]))
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
     return Snapshot(
@@ -255,7 +267,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
     )
 
 
-def _check_kvm(version: str, cpu: str) -> None:
+def _check_kvm(version: str, engine: str, cpu: str) -> None:
     """A snapshot that was made under KVM needs it, and the CPU that its guest saw. Raises `SnapshotError`."""
     here = proc.cpu_model()
     if not os.path.exists("/dev/kvm"):
@@ -266,7 +278,7 @@ def _check_kvm(version: str, cpu: str) -> None:
         problem = f"not on this CPU: {cpu} there, {here} here"
     else:
         return
-    hint = prepare_hint(version) + " to make one for this host"
+    hint = prepare_hint(version, engine=engine) + " to make one for this host"
     raise SnapshotError(f"the snapshot of {config.title(version)} was made under KVM, {problem}", hint=hint)
 
 
