@@ -15,7 +15,8 @@ OPTIONS = [
     Option("-h, --help", None, "show this help"),
 ]
 
-MORE = """Exit code 1 if `dhg exec --vm` cannot work with the snapshot that it takes by itself, or that DHG_VERSION and DHG_ENGINE name.
+MORE = """\
+Exit code 1 if `dhg exec --vm` cannot work with the snapshot that it takes by itself, or that DHG_VERSION and DHG_ENGINE name.
 A `note` is something that it can do without."""
 
 
