@@ -43,7 +43,7 @@ def examine() -> list[Finding]:
 
 
 def fix() -> list[str]:
-    """Remove what interrupted commands left; what was removed."""
+    """Remove what interrupted commands left and what no snapshot needs any more; what was removed."""
     return inventory.clean().removed
 
 

@@ -9,7 +9,7 @@ from ..errors import UsageError
 from .options import Option, help_text, parse
 
 OPTIONS = [
-    Option("--fix", None, "remove what interrupted commands left"),
+    Option("--fix", None, "remove leftovers, as `dhg vm clean` does"),
     Option("--json", None, "one JSON object"),
     Option("--debug", None, "show Python tracebacks of dhg's own errors"),
     Option("-h, --help", None, "show this help"),

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .. import config, proc
 from ..errors import ImageError
@@ -234,6 +234,17 @@ def missing_stages(version: str) -> set[str]:
     return set() if os.path.isdir(image) else {"image"}
 
 
+def needed_stages(versions: Iterable[str]) -> dict[str, set[str]]:
+    """The names, by stage, of the results that a prepare of `versions` would take from the cache; none of a damaged base system."""
+    key = _base_key()
+    base = f"{config.cache_dir()}/base/{key}"
+    try:
+        images = {_image_key(base, version) for version in versions}
+        return {"base": {key}, "image": images, "vmlinux": {_vmlinux_key(base)}}
+    except (OSError, ImageError):
+        return {}
+
+
 def _guest_packages(base: str, site: str) -> dict[str, dict[str, str]]:
     with open(f"{base}/packages") as file:
         debian = dict(line.split("=", 1) for line in file.read().split())
@@ -254,6 +265,10 @@ def kernel_image(base: str) -> str:
     return f"{boot}/{names[0]}"
 
 
+def _vmlinux_key(base: str) -> str:
+    return stage_key(os.path.basename(base), os.path.basename(kernel_image(base)))
+
+
 def vmlinux(base: str) -> str:
     """Path of the uncompressed kernel of a base stage, a stage of its own."""
 
@@ -263,9 +278,7 @@ def vmlinux(base: str) -> str:
         with open(f"{tmp}/vmlinux", "wb") as out:
             out.write(elf)
 
-    return (
-        cached("vmlinux", stage_key(os.path.basename(base), os.path.basename(kernel_image(base))), build) + "/vmlinux"
-    )
+    return cached("vmlinux", _vmlinux_key(base), build) + "/vmlinux"
 
 
 def initramfs(base: str) -> tuple[bytes, str]:

@@ -12,9 +12,12 @@ from .. import config, proc
 from ..engine import probe
 from ..errors import DhgError, SnapshotError, SnapshotMissing
 from ..files import remove_tree, try_lock
+from ..image import build
 from . import engines, store
 
 ENGINES = ("qemu", "firecracker")
+#: The stages that have a cache (image/build.py).
+STAGES = ("base", "image", "vmlinux")
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -194,7 +197,7 @@ def sweep(folder: str) -> Cleaned:
 
 
 def leftovers() -> list[str]:
-    """What interrupted commands left, and nobody is at work on or uses."""
+    """What interrupted commands left, and nobody is at work on or uses, and build stages that no snapshot needs any more."""
     found = []
     root = config.snapshots_dir()
     for folder in _subdirs(root):
@@ -209,8 +212,33 @@ def leftovers() -> list[str]:
                     found.append(f"{folder}/{name}")
         finally:
             os.close(lock)
-    for stage in _subdirs(config.cache_dir()):
-        found += [f"{stage}/{name}" for name in os.listdir(stage) if name.startswith(".tmp-")]
+    if os.path.isdir(config.cache_dir()):
+        lock = try_lock(f"{config.home()}/.prepare-lock")
+        if lock is not None:
+            found += _unused_stages()
+            os.close(lock)
+    return found
+
+
+def _unused_stages(*, everything: bool = False) -> list[str]:
+    """Results of build stages that no snapshot needs nor, without `everything`, a prepare of the same version would take.
+
+    The caller holds the home's prepare lock.
+    """
+    paths = generations()
+    used = {image_of(path) for path in paths}
+    versions = {os.path.basename(os.path.dirname(path)) for path in paths} | {config.DEFAULT_DEEPHAVEN}
+    needed = {} if everything else build.needed_stages(versions)
+    found = []
+    for stage in STAGES:
+        folder = f"{config.cache_dir()}/{stage}"
+        # One that is linked to belongs to another home, whose snapshots are not known here.
+        if not os.path.isdir(folder) or os.path.islink(folder) or os.path.islink(config.cache_dir()):
+            continue
+        for name in sorted(os.listdir(folder)):
+            keep = f"{folder}/{name}" in used or name in needed.get(stage, ()) or name[0] == "."
+            if not keep or name.startswith(".tmp-"):
+                found.append(f"{folder}/{name}")
     return found
 
 
@@ -246,7 +274,7 @@ def _clean_version(folder: str, result: Cleaned, *, snapshots: bool) -> None:
 
 
 def clean(*, version: str | None = None, everything: bool = False) -> Cleaned:
-    """Remove the snapshots of `version`, or with `everything` all of them and the build caches, or leftovers only.
+    """Remove the snapshots of `version`, or with `everything` all of them and the build caches, or `leftovers` only.
 
     Nothing that a VM uses or a prepare is making is removed. Raises `SnapshotMissing` for a version that is not there.
     """
@@ -264,8 +292,7 @@ def clean(*, version: str | None = None, everything: bool = False) -> Cleaned:
     for name in names:
         _clean_version(f"{root}/{name}", result, snapshots=everything)
     _clean_run(f"{config.home()}/run", result)
-    for stage in ("base", "image", "vmlinux"):
-        _clean_stage(f"{config.cache_dir()}/{stage}", result, everything=everything)
+    _clean_stages(result, everything=everything)
     return result
 
 
@@ -282,19 +309,17 @@ def _clean_run(folder: str, result: Cleaned) -> None:
             result.removed.append(f"{folder}/{name}")
 
 
-def _clean_stage(folder: str, result: Cleaned, *, everything: bool) -> None:
-    if not os.path.isdir(folder):
+def _clean_stages(result: Cleaned, *, everything: bool) -> None:
+    if not os.path.isdir(config.cache_dir()):
         return
     # A prepare holds this lock shared from its first stage to its end; a VM needs the root image that it booted from.
     lock = try_lock(f"{config.home()}/.prepare-lock")
     if lock is None:
-        result.kept.append(f"{folder} (a prepare is at work)")
+        result.kept.append(f"{config.cache_dir()} (a prepare is at work)")
         return
     try:
-        images = {image_of(path) for path in generations()}
-        for name in sorted(os.listdir(folder)):
-            path = f"{folder}/{name}"
-            if name.startswith(".tmp-") or (everything and name[0] != "." and path not in images and not result.kept):
+        for path in _unused_stages(everything=everything):
+            if not result.kept or os.path.basename(path).startswith(".tmp-"):
                 remove_tree(path)
                 result.removed.append(path)
     finally:
