@@ -16,6 +16,9 @@ BARE = "bare"
 DEFAULT_MEMORY_MIB = 2048
 DEFAULT_BARE_MEMORY_MIB = 256
 
+#: The next step where what is ours cannot be written.
+HOME_HINT = "set DHG_HOME to a writable directory"
+
 
 def home() -> str:
     """The data directory: `DHG_HOME`, by default `~/.dhg`. It need not exist."""

@@ -131,7 +131,9 @@ def _home() -> Finding:
     while not os.path.isdir(place):
         place = os.path.dirname(place)
     if not os.access(place, os.W_OK):
-        return Finding("home", "bad", f"{home} cannot be written", "set DHG_HOME to a directory that can")
+        # QEMU opens the memory of a snapshot for writing, though it maps it private.
+        text = f"{home} cannot be written; `dhg vm prepare` and QEMU need that"
+        return Finding("home", "bad", text, "set DHG_HOME to a directory that can")
     free = shutil.disk_usage(place).free
     if free < 1 << 30:
         return Finding(

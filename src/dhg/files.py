@@ -12,10 +12,17 @@ from . import config
 from .errors import HostError
 
 
+def _lock_file(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(f"cannot write {path}: {error.strerror}", hint=config.HOME_HINT) from error
+
+
 @contextmanager
 def locked(path: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold an exclusive (or shared) lock on the file `path` (made if need be); waits for whoever holds it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Hold an exclusive (or shared) lock on the file `path` (made if need be); waits for whoever holds it. Raises `HostError`."""
+    fd = _lock_file(path)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
@@ -24,8 +31,11 @@ def locked(path: str, *, shared: bool = False) -> Iterator[None]:
 
 
 def try_lock(path: str) -> int | None:
-    """A descriptor that holds the exclusive lock on the file `path` (made if need be) until it is closed; None if taken."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """A descriptor that holds the exclusive lock on the file `path` (made if need be) until it is closed; None if taken.
+
+    Raises `HostError`.
+    """
+    fd = _lock_file(path)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -45,7 +55,7 @@ def private_dir(path: str) -> str:
                 os.chmod(folder, 0o700)
             folder = os.path.dirname(folder)
     except OSError as error:
-        raise HostError(f"cannot make {path}: {error.strerror}", hint="set DHG_HOME to a writable directory") from error
+        raise HostError(f"cannot make {path}: {error.strerror}", hint=config.HOME_HINT) from error
     return path
 
 

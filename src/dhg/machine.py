@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from . import proc
+from . import config, proc
 from .engine import qmp
 from .errors import DeadlineExceeded, MachineError
 from .snapshot import readahead, store
@@ -129,6 +129,8 @@ class Machine:
                 ) from error
             command = store.prepare_command(self.snapshot.version, engine=self.snapshot.engine)
             hint = f"the script did not run; `{command} --force` makes the snapshot anew"
+            if self.snapshot.engine == "qemu" and not os.access(f"{self.snapshot.path}/ram", os.W_OK):
+                hint = f"the script did not run; QEMU needs a snapshot that can be written: {config.HOME_HINT}"
             raise MachineError(
                 f"the VM could not be restored: {error}", hint=hint, detail=error.detail or vm.said()
             ) from error

@@ -283,6 +283,30 @@ def test_a_full_disk_and_a_read_only_home(dhg: Dhg, tmp_path: Path) -> None:
         subprocess.run(["umount", place], check=True)
 
 
+def test_a_read_only_home_that_has_a_snapshot(dhg: Dhg, copy: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a read-only mount takes root")
+    subprocess.run(["mount", "--bind", copy, copy], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", copy], check=True)
+        env = {"DHG_HOME": str(copy)}
+        hint = b"set DHG_HOME to a writable directory\n"
+        code, out, err = hello(dhg, copy)
+        assert (code, out) == (2, b"")
+        assert b"hint: the script did not run; QEMU needs a snapshot that can be written: " + hint in err
+        done = dhg("doctor", "--json", env=env)
+        found = {item["name"]: item["level"] for item in json.loads(done.stdout)["findings"]}
+        assert (done.returncode, found["home"], found["leftovers"]) == (1, "bad", "ok")
+        assert dhg("doctor", "--fix", env=env).returncode == 2
+        assert b"STATE" in dhg("vm", "status", env=env).stdout
+        for verb in ("prepare", "clean"):
+            done = dhg("vm", verb, env=env)
+            assert done.returncode == 2
+            assert b"Read-only file system\nhint: " + hint in done.stderr
+    finally:
+        subprocess.run(["umount", copy], check=True)
+
+
 def test_doctor(dhg: Dhg, tmp_path: Path) -> None:
     done = dhg("doctor", "--json")
     found = json.loads(done.stdout)

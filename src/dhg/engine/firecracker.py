@@ -174,13 +174,17 @@ def chunk_bytes() -> int:
 
 def make_folder() -> str:
     """A directory for the sockets of one VM. Its name begins with the client's pid, so that leftovers can be told."""
+    problem = "none has a path that is short enough"
     for root in (f"{config.home()}/run", "/tmp"):
         folder = f"{root}/dhg-{os.getpid()}-{os.urandom(4).hex()}"
         if len(os.fsencode(f"{folder}/{UFFD}")) <= _MAX_PATH:
-            os.makedirs(root, mode=0o700, exist_ok=True)
-            os.mkdir(folder, 0o700)
-            return folder
-    raise HostError("no directory for sockets has a path that is short enough")
+            try:
+                os.makedirs(root, mode=0o700, exist_ok=True)
+                os.mkdir(folder, 0o700)
+                return folder
+            except OSError as error:
+                problem = f"{error.strerror}: {error.filename}"
+    raise HostError(f"no directory for sockets: {problem}")
 
 
 def remove_folder(folder: str) -> None:

@@ -106,8 +106,11 @@ def prepare(
     memory_mib = memory_mib or (config.DEFAULT_BARE_MEMORY_MIB if bare else config.DEFAULT_MEMORY_MIB)
     check_host(version, memory_mib, engine, binary)
     log = f"{private_dir(config.home() + '/log')}/prepare-{version}.log"
-    with open(log, "w"):
-        pass
+    try:
+        with open(log, "w"):
+            pass
+    except OSError as error:
+        raise HostError(f"cannot write {log}: {error.strerror}", hint=config.HOME_HINT) from error
     # Shared: `clean --all` waits for nobody, it leaves the caches alone while any prepare is at work.
     with locked(f"{config.home()}/.prepare-lock", shared=True):
         try:

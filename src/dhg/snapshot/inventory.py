@@ -199,8 +199,10 @@ def sweep(folder: str) -> Cleaned:
 def leftovers() -> list[str]:
     """What interrupted commands left, and nobody is at work on or uses, and build stages that no snapshot needs any more."""
     found = []
-    root = config.snapshots_dir()
-    for folder in _subdirs(root):
+    if not os.access(config.home(), os.W_OK):
+        # Nobody leaves anything there, and nothing could be removed.
+        return []
+    for folder in _subdirs(config.snapshots_dir()):
         lock = try_lock(f"{folder}/.prepare-lock")
         if lock is None:
             continue
