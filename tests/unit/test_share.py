@@ -229,6 +229,21 @@ def sent(guest: Guest) -> list[Sent]:
     return found
 
 
+def taken_back(guest: Guest) -> set[int]:
+    """The nodes whose files have been taken back since this was asked last."""
+    ids = b"".join(guest.dropped)
+    guest.dropped.clear()
+    return {number for (number,) in Struct("<Q").iter_unpack(ids)}
+
+
+def receive(guest: Guest, kept: dict[str, Sent]) -> None:
+    """Let `kept` be what a relay has now, by name."""
+    gone = taken_back(guest)
+    for name in [name for name, file in kept.items() if file.node in gone]:
+        del kept[name]
+    kept.update({file.name: file for file in sent(guest)})
+
+
 def use(guest: Guest, file: Sent) -> None:
     """What the relay says when it has answered a LOOKUP and an OPEN."""
     guest.send(protocol.SEEN, file.node)
@@ -331,6 +346,7 @@ def read_all(guest: Guest, folder: int, names: list[str], *, look: bool = True) 
     requests, contents = [], {}
     for name in names:
         count = 0
+        receive(guest, kept)
         file = kept.get(name)
         if look and file is None:
             node = guest.lookup(folder, name)
@@ -340,7 +356,7 @@ def read_all(guest: Guest, folder: int, names: list[str], *, look: bool = True) 
             guest.send(protocol.SEEN, node)
         else:
             node = guest.lookup(folder, name)
-        kept.update({each.name: each for each in sent(guest)})
+        receive(guest, kept)
         file = kept.pop(name, None)
         if file is not None and file.handle:
             guest.send(protocol.USED, node, protocol.USED_IN.pack(file.handle))
@@ -348,7 +364,7 @@ def read_all(guest: Guest, folder: int, names: list[str], *, look: bool = True) 
         else:
             handle = guest.open(node)
             count += 1
-            kept.update({each.name: each for each in sent(guest)})
+            receive(guest, kept)
         contents[name] = guest.read(node, handle)
         guest.send(protocol.RELEASE, node, protocol.RELEASE_IN.pack(handle))
         requests.append(count)
@@ -396,7 +412,7 @@ def test_names_that_are_looked_up_in_order_are_sent_along_without_being_opened(
         if file is None:
             asked += 1
             guest.lookup(READ_ONLY, name)
-            known.update({each.name: each for each in sent(guest)})
+            receive(guest, known)
         else:
             assert (file.handle, file.content, file.size) == (0, b"", (folders[0] / name).stat().st_size)
             guest.send(protocol.SEEN, file.node)
@@ -477,9 +493,7 @@ def follow(guest: Guest, folder: int) -> dict[str, Sent]:
 
 def gone(guest: Guest, file: Sent) -> bool:
     """Whether what was sent ahead of a file has been taken back before the last reply."""
-    ids = b"".join(guest.dropped)
-    guest.dropped.clear()
-    return file.node in [number for (number,) in Struct("<Q").iter_unpack(ids)]
+    return file.node in taken_back(guest)
 
 
 CHANGES: dict[str, tuple[int, int, Callable[[Sent], bytes]]] = {
