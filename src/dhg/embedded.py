@@ -174,6 +174,11 @@ class Embedded:
         """Raise KeyboardInterrupt in the script; False if none runs."""
         return self._session.interrupt()
 
+    @property
+    def released(self) -> bool:
+        """Whether the script has been handed over: it may have run."""
+        return self._session.released
+
     def usage(self) -> dict[str, int]:
         """What the process has cost so far."""
         return proc.usage(self._process.pid)

@@ -170,6 +170,11 @@ class Machine:
         return self._session is not None and self._session.interrupt()
 
     @property
+    def released(self) -> bool:
+        """Whether the script has been handed over: it may have run."""
+        return self._session is not None and self._session.released
+
+    @property
     def command(self) -> list[str]:
         """The VMM's command line."""
         return self.snapshot.argv

@@ -96,6 +96,8 @@ class Remote:
         self.version: str | None = None
         #: Phases in milliseconds, in order.
         self.phases: dict[str, float] = {}
+        #: Whether the script has been handed over: it may have run.
+        self.released = False
         self.command = ["pydeephaven", f"{server.host}:{server.port}"]
         self.began_ns = self._clock = time.monotonic_ns()
         pem = [_read(path) for path in (server.tls_ca, server.tls_cert, server.tls_key)]
@@ -138,6 +140,7 @@ class Remote:
         name = "_dhg_" + os.urandom(6).hex()
         payload = client.encode(request, end_mark=b"", clock=None)[frames.HEAD_SIZE :]
         code = _BOOTSTRAP.format(name=name, sources=_sources(), payload=base64.b64encode(payload).decode())
+        self.released = True
         try:
             self._session.run_script(code)
             parts = self._session.open_table(name).to_arrow()["part"].to_pylist()

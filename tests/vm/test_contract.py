@@ -335,6 +335,15 @@ def test_json_timeout(run: Exec) -> None:
     assert (found["outcome"], found["exit_code"], found["stdout"]) == ("timeout", 3, "so far\n")
 
 
+def test_timeout_ends_a_run_whose_script_does_not_come(mode: list[str]) -> None:
+    argv = [DHG, "exec", *mode, "--timeout", "1", "-"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE) as process:
+        assert process.wait(DEADLINE_S) == 3
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read() == b""
+        assert process.stderr.read() == b"error: timed out after 1 s\nhint: the script did not run\n"
+
+
 def test_timeout_ends_a_run_whose_reader_does_not_read(mode: list[str]) -> None:
     argv = [DHG, "exec", *mode, "--timeout", "12", "-c", "while True: print('y' * 1000)"]
     begin = time.monotonic()

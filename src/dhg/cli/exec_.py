@@ -195,7 +195,9 @@ class Run:
                 return
             if self._interrupted or deadline is None:
                 raise KeyboardInterrupt
-            raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint="the script was running")
+            # Its source may still be awaited, or whoever compiles it.
+            hint = "the script was running" if vm.released else "the script did not run"
+            raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint=hint)
 
         _signal.signal(proc.SIGINT, interrupted)
         _signal.signal(proc.SIGALRM, alarmed)

@@ -206,11 +206,12 @@ class Session:
         self._stderr = stderr
         self._decoder = frames.Decoder()
         self.died: int | None = None
-        self._running = False
+        #: Whether the script has been handed over: it may have run.
+        self.released = False
 
     def interrupt(self) -> bool:
         """Raise KeyboardInterrupt in the script; False if none runs. May be called from a signal handler."""
-        if not self._running:
+        if not self.released:
             return False
         try:
             self.control.send(frames.frame(frames.INTERRUPT))
@@ -285,7 +286,7 @@ class Session:
         mark = b"\xff" + os.urandom(15)
         outputs = [Stream(self._stdout, mark, stdout), Stream(self._stderr, mark, stderr)]
         self._send(encode(request, end_mark=mark, clock=clock))
-        self._running = True
+        self.released = True
         poller = select.poll()
         streams = {stream.socket.fileno(): stream for stream in outputs}
         control = self.control.fileno()
