@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 # The numbers of the `signal` module, whose import builds enums.
-SIGINT, SIGKILL, SIGPIPE, SIGALRM, SIGTERM = 2, 9, 13, 14, 15
+SIGINT, SIGKILL, SIGPIPE, SIGALRM, SIGTERM, SIGCHLD = 2, 9, 13, 14, 15, 17
 SIG_DFL, SIG_IGN = 0, 1
 
 MINIMAL_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "USER", "LOGNAME")
@@ -153,7 +153,8 @@ def spawn(
             file_actions=actions,
             setpgroup=0,
             setsigmask=(),
-            setsigdef=(SIGINT, SIGPIPE, SIGTERM),
+            # One that inherits SIGCHLD as ignored cannot wait for its own children.
+            setsigdef=(SIGINT, SIGPIPE, SIGTERM, SIGCHLD),
         )
     except OSError as error:
         raise HostError(f"cannot start {argv[0]}: {error.strerror}") from error

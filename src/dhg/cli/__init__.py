@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import _signal  # not `signal`, which builds enums at import
 import os
 import sys
 
@@ -14,7 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-SIGPIPE = 13
+# The numbers of the `signal` module.
+SIGPIPE, SIGCHLD, SIG_DFL = 13, 17, 0
 
 HELP = """\
 dhg: run a Deephaven script in a microVM of its own, restored from a warm snapshot
@@ -89,6 +91,8 @@ def run() -> NoReturn:
     Without the interpreter's own way out, which takes as long as a VM's first output: everything of ours is closed, and nothing
     is left to write but the standard streams.
     """
+    # A caller's `trap '' CHLD` is inherited: the kernel would reap our children itself, and nobody could wait for them.
+    _signal.signal(SIGCHLD, SIG_DFL)
     try:
         code = main()
         sys.stdout.flush()
