@@ -76,8 +76,10 @@ class Process:
         if self.status is None:
             poller = select.poll()
             poller.register(self.pidfd, select.POLLIN)
-            if not poller.poll(timeout_s * 1000):
-                return None
+            deadline = Deadline(timeout_s)
+            while not poller.poll(deadline.left_ms()):
+                if deadline.left() == 0.0:
+                    return None
         return self._reap(0)
 
     def kill(self) -> None:
@@ -322,8 +324,12 @@ def cpu_model() -> str:
     return f"{model} ({len(flags.split())} flags)"
 
 
+#: The longest single wait: poll(2) takes no more than 2**31 ms, and setitimer(2) is as particular.
+LONGEST_WAIT_S = 3600.0
+
+
 class Deadline:
-    """A point on the monotonic clock; `left()` are the seconds until then, at least 0."""
+    """A point on the monotonic clock, however far off; `left()` are the seconds until then, at least 0."""
 
     __slots__ = ("at", "timeout_s")
 
@@ -334,3 +340,7 @@ class Deadline:
     def left(self) -> float:
         """Seconds left, 0 when it has passed."""
         return max(0.0, self.at - time.monotonic())
+
+    def left_ms(self) -> float:
+        """How long to poll, in ms: until it has passed, or LONGEST_WAIT_S. So where nothing came, `left()` says whether it has."""
+        return min(self.left(), LONGEST_WAIT_S) * 1000

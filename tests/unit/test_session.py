@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhg import proc
-from dhg.errors import DhgError, MachineError, OutcomeUnknown, ProtocolError
+from dhg.errors import DeadlineExceeded, DhgError, MachineError, OutcomeUnknown, ProtocolError
 from dhg.guest import exchange, runner
 from dhg.guest.script import Outcome
 from dhg.wire import client, frames
@@ -26,14 +26,14 @@ FRAMES = st.one_of(
 )
 
 
-def session(control: bytes, stdout: bytes = b"", stderr: bytes = b"") -> client.Result:
+def session(control: bytes, stdout: bytes = b"", stderr: bytes = b"", *, timeout_s: float = 20.0) -> client.Result:
     """What comes of a guest that sends these bytes and is gone."""
     pairs = [socket.socketpair() for _ in range(3)]
     try:
         for (_, guest), data in zip(pairs, (control, stdout, stderr), strict=True):
             guest.sendall(data)
             guest.shutdown(socket.SHUT_WR)
-        deadline = proc.Deadline(20.0)
+        deadline = proc.Deadline(timeout_s)
         host = client.Session(*[pair[0] for pair in pairs])
         return host.run(client.Request(b"pass"), stdout=bytes, stderr=bytes, deadline=deadline)
     finally:
@@ -88,3 +88,24 @@ def test_the_guest_reads_anything(data: bytes, valid_head: bool) -> None:
 def test_an_exit_code_that_is_none(code: int) -> None:
     with pytest.raises(frames.FrameError, match="exit code"):
         client.Result(frames.RESULT_HEAD.pack(code, 0, 0, 0))
+
+
+@pytest.mark.parametrize("timeout_s", [9_999_999.0, 1e12, 1e308])
+def test_a_deadline_in_the_far_future_is_none(timeout_s: float) -> None:
+    with pytest.raises(OutcomeUnknown, match="the VM ended while the script ran"):
+        session(b"", timeout_s=timeout_s)
+
+
+def test_a_deadline_is_kept_in_several_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proc, "LONGEST_WAIT_S", 0.01)
+    pairs = [socket.socketpair() for _ in range(3)]
+    host = client.Session(*[pair[0] for pair in pairs])
+    deadline = proc.Deadline(0.1)
+    try:
+        with pytest.raises(DeadlineExceeded, match=r"timed out after 0\.1 s"):
+            host.run(client.Request(b"pass"), stdout=bytes, stderr=bytes, deadline=deadline)
+    finally:
+        for pair in pairs:
+            for end in pair:
+                end.close()
+    assert deadline.left() == 0.0

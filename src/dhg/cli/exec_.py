@@ -196,13 +196,12 @@ class Run:
             if self._interrupted or deadline is None:
                 raise KeyboardInterrupt
             # Its source may still be awaited, or whoever compiles it.
-            hint = "the script was running" if vm.released else "the script did not run"
-            raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint=hint)
+            _check(deadline, "the script was running" if vm.released else "the script did not run")
 
         _signal.signal(proc.SIGINT, interrupted)
         _signal.signal(proc.SIGALRM, alarmed)
         if deadline is not None:
-            _signal.setitimer(ITIMER_REAL, deadline.left() + 0.05)
+            _arm(deadline)
         try:
             # The VMM starts while the source is read and compiled.
             stdin = 0 if source.leaves_stdin and not _stdin_is_empty() else None
@@ -261,6 +260,19 @@ class Run:
         """Remove what was prepared for outputs."""
         if self._plan is not None and self._plan.outputs is not None:
             self._plan.outputs.close()
+
+
+def _arm(deadline: proc.Deadline, again_s: float = 0.0) -> None:
+    """Have SIGALRM come a little after `deadline`, or earlier if that is far off: `_check` sees to that."""
+    _signal.setitimer(ITIMER_REAL, min(deadline.left(), proc.LONGEST_WAIT_S) + 0.05, again_s)
+
+
+def _check(deadline: proc.Deadline, hint: str) -> None:
+    """At a SIGALRM: raise `DeadlineExceeded` if it is time, and wait on if not."""
+    if deadline.left():
+        _arm(deadline)
+        return
+    raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint=hint)
 
 
 def _compilation(vm: Place, request: client.Request) -> compiler.Compilation | None:

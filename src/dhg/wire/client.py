@@ -296,7 +296,7 @@ class Session:
         server = _Files(files, poller, now=bool(request.outputs)) if files else None
         result: Result | None = None
         while result is None or not all(stream.done for stream in outputs):
-            events = poller.poll(None if deadline is None else deadline.left() * 1000)
+            events = poller.poll(None if deadline is None else deadline.left_ms())
             if deadline is not None and deadline.left() == 0.0:
                 raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint="the script was running")
             for fd, event in events:
