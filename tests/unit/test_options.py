@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dhg import config
+from dhg.cli import exec_
 from dhg.cli.options import Option, parse, positive_integer, positive_number
 from dhg.errors import UsageError
 
@@ -32,11 +33,24 @@ def test_two_dashes_end_the_options() -> None:
         (["-c"], "needs a value"),
         (["-c", "a", "-c", "b"], "given twice"),
         (["--verbose=1"], "takes no value"),
+        (["--env", ""], "--env needs a value that is not empty: --env X"),
+        (["--env="], "--env needs a value that is not empty"),
     ],
 )
 def test_nonsense_is_named(argv: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(argv, OPTIONS, verb="exec")
+
+
+def test_an_empty_value_is_no_value() -> None:
+    for option in exec_.OPTIONS:
+        if option.metavar is not None and option.key != "c":
+            for argv in ([option.names[-1], ""], [f"{option.names[-1]}="]):
+                with pytest.raises(UsageError, match=f"{option.names[-1]} needs a value that is not empty"):
+                    parse(argv, exec_.OPTIONS, verb="exec")
+    # An empty script is one.
+    values = parse(["-c", ""], exec_.OPTIONS, verb="exec")
+    assert values.text("c") == ""
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", ""])

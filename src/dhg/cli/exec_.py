@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Place = machine.Machine | embedded.Embedded | remote.Remote
 
 OPTIONS = [
-    Option("-c", "CODE", "the script itself"),
+    Option("-c", "CODE", "the script itself", empty=True),
     Option("--vm", None, "run in a microVM of its own, restored from a snapshot"),
     Option("--version", "V", "Deephaven version (default: DHG_VERSION, or the newest snapshot)"),
     Option("--env", "NAME[=VALUE]", "pass an environment variable; may be repeated", repeat=True),

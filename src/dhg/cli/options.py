@@ -8,16 +8,20 @@ from ..errors import UsageError
 class Option:
     """One option: its names, how its value is called in the help (None for a flag), what it does.
 
-    `repeat` collects the values in a list. One without a text is told of elsewhere in the help.
+    `repeat` collects the values in a list, `empty` says that a value may be empty. One without a text is told of elsewhere in the
+    help.
     """
 
-    __slots__ = ("help", "key", "metavar", "names", "repeat")
+    __slots__ = ("empty", "help", "key", "metavar", "names", "repeat")
 
-    def __init__(self, names: str, metavar: str | None, text: str, *, repeat: bool = False) -> None:
+    def __init__(
+        self, names: str, metavar: str | None, text: str, *, repeat: bool = False, empty: bool = False
+    ) -> None:
         self.names = names.split(", ")
         self.metavar = metavar
         self.help = text
         self.repeat = repeat
+        self.empty = empty
         self.key = self.names[-1].lstrip("-").replace("-", "_")
 
 
@@ -84,6 +88,9 @@ def parse(argv: list[str], options: list[Option], *, verb: str, stop_at_first: b
                 raise UsageError(f"{name} needs a value: {name} {option.metavar}")
             value = argv[at]
             at += 1
+        if not value and option.metavar is not None and not option.empty:
+            # A variable of a shell's that is not set. As if the option were not there, `--host ""` would run the script here.
+            raise UsageError(f"{name} needs a value that is not empty: {name} {option.metavar}")
         values.add(option, value)
     return values
 
