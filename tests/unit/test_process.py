@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -127,3 +128,121 @@ def run(self, request, **options):
     done = run_exec(body.replace("0.5", "60"), "--timeout", "1", "-c", "1")
     expected = b"error: timed out after 1 s\nhint: the script was running\n"
     assert (done.stdout, done.stderr, done.returncode) == (b"", expected, 3)
+
+
+def report(done: subprocess.CompletedProcess[bytes]) -> dict[str, object]:
+    """The object that `--json` promises, and nothing else."""
+    jsonschema = pytest.importorskip("jsonschema")
+    found = json.loads(done.stdout.decode("ascii"))
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "exec.schema.json").read_text())
+    jsonschema.validate(found, schema, cls=jsonschema.Draft202012Validator)
+    assert found["exit_code"] == done.returncode, done.stderr
+    assert isinstance(found, dict)
+    return found
+
+
+TERMINATED = """
+def run(self, request, **options):
+    options["stdout"](b"so far")
+    self.released = %s
+    os.kill(os.getpid(), %d)
+    time.sleep(60)
+"""
+
+
+def test_json_of_a_run_that_is_ended_by_a_signal() -> None:
+    for released, outcome in ((True, "unknown"), (False, "not_started")):
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+            found = report(run_exec(TERMINATED % (released, number), "--json", "-c", "1"))
+            assert (found["outcome"], found["exit_code"], found["stdout"]) == (outcome, code, "so far")
+
+
+def test_json_of_tables_that_are_none() -> None:
+    body = """
+def run(self, request, **options):
+    return result(0, (frames.F_TABLE, %s))
+"""
+    for text in ("'{'", "'[' * 100_000", "'{\"rows\": NaN}'", "'{\"rows\": 1e999}'", "'5'", "'1' * 5000"):
+        done = run_exec(body % text, "--json", "-c", "1")
+        found = report(done)
+        error = found["error"]
+        assert isinstance(error, dict)
+        assert (found["outcome"], found["exit_code"], error["type"]) == ("unknown", 2, "ProtocolError")
+        assert done.stderr.startswith(b"error: the script's tables came as ")
+
+
+def test_json_of_texts_that_are_no_utf8() -> None:
+    body = r"""
+def run(self, request, **options):
+    options["stdout"]("\u00e9".encode() + b"\xff")
+    table = '{"name": "\\ud800", "row_count": 0, "is_refreshing": false, "columns": [], "rows": [], "preview": ""}'
+    return result(0, (frames.F_TABLE, table))
+"""
+    for before in ("export PYTHONIOENCODING=ascii", "export PYTHONUTF8=0 LC_ALL=C"):
+        found = report(run_exec(body, "--json", "-c", "1", before=before))
+        assert found["stdout"] == "\u00e9\ufffd"
+        assert isinstance(found["tables"], list)
+        assert found["tables"][0]["name"] == "\ud800"
+    found = report(run_exec(body, "--json", "\"$(printf 'no\\377file')\""))
+    error = found["error"]
+    assert isinstance(error, dict)
+    assert error["message"] == "cannot read no\udcfffile: No such file or directory"
+
+
+def test_json_keeps_so_much_and_no_more() -> None:
+    body = """
+from dhg.cli import report
+report.MAX_OUTPUT_BYTES = 1 << 20
+def run(self, request, **options):
+    for _ in range(64):
+        options["%s"](b"x" * 65536)
+    print("not reached")
+"""
+    for name in ("stdout", "stderr"):
+        found = report(run_exec(body % name, "--json", "-c", "1"))
+        error = found["error"]
+        assert isinstance(error, dict)
+        assert (found["outcome"], found["exit_code"], found[name]) == ("unknown", 2, "x" * (1 << 20))
+        assert error["message"] == f"the script printed more than 1 MiB to {name}, which --json keeps in memory"
+        assert error["hint"] == "run it without --json, or have it print less"
+
+
+UNTRANSLATED = """
+def run(self, request, **options):
+    os.%s
+"""
+
+
+def test_what_the_system_refuses_is_an_error_and_no_traceback() -> None:
+    for call, message in (
+        ("mkdir('/proc/x/y')", "/proc/x/y: No such file or directory"),
+        ("mkdir(b'/proc/x/y')", "/proc/x/y: No such file or directory"),
+        ("lseek(-1, 0, 0)", "Bad file descriptor"),
+    ):
+        done = run_exec(UNTRANSLATED % call, "-c", "1")
+        assert (done.stdout, done.stderr, done.returncode) == (b"", f"error: {message}\n".encode(), 2)
+        done = run_exec(UNTRANSLATED % call, "--json", "-c", "1")
+        error = report(done)["error"]
+        assert isinstance(error, dict)
+        assert (error["type"], error["message"]) == ("HostError", message)
+        done = run_exec(UNTRANSLATED % call, "--debug", "-c", "1")
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert b"Traceback" in done.stderr
+
+
+def test_a_working_directory_that_is_gone() -> None:
+    before = "cd $(mktemp -d) && rmdir $PWD"
+    message = b"error: the working directory does not exist any more\nhint: cd to another one\n"
+    done = run_exec(UNTRANSLATED % "getcwd()", "-c", "1", before=before)
+    assert (done.stdout, done.stderr, done.returncode) == (b"", message, 2)
+    done = run_exec(UNTRANSLATED % "getcwd()", "--json", "-c", "1", before=before)
+    assert done.stderr == message
+    assert report(done)["outcome"] == "unknown"
+
+
+def test_output_that_cannot_be_written() -> None:
+    full = b"error: No space left on device\n"
+    done = run_code("from dhg.cli import run; run()", "--help >/dev/full")
+    assert (done.stderr, done.returncode) == (full, 2)
+    done = run_exec("def run(self, *_, **__): return result()", "--json", "-c", "1", after=">/dev/full")
+    assert (done.stderr, done.returncode) == (b"error: cannot write the script's output: No space left on device\n", 2)

@@ -9,7 +9,7 @@ import _signal  # not `signal`, which builds enums at import
 import os
 import sys
 
-from ..errors import DhgError
+from ..errors import DhgError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read our output has seen enough. What is buffered cannot be written any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + SIGPIPE
+    except OSError as error:
+        if debug:
+            raise
+        show_error(host_error(error))
+        return HostError.exit_code
 
 
 def run() -> NoReturn:
@@ -95,13 +100,39 @@ def run() -> NoReturn:
     _signal.signal(SIGCHLD, SIG_DFL)
     try:
         code = main()
-        sys.stdout.flush()
-        sys.stderr.flush()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
-    except BrokenPipeError:
-        code = 128 + SIGPIPE
+    else:
+        code = _flush(code)
     os._exit(code)
+
+
+def _flush(code: int) -> int:
+    """Write what the standard streams still hold; the exit code, which was to be `code`."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        return 128 + SIGPIPE
+    except OSError as error:
+        # An error's code: that has been shown, and may well be this one.
+        if not code:
+            show_error(host_error(error))
+            return HostError.exit_code
+    return code
+
+
+def host_error(error: OSError) -> HostError:
+    """What the operating system refused and nobody has translated, as an error of ours."""
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        try:
+            os.getcwd()
+        except OSError:
+            return HostError("the working directory does not exist any more", hint="cd to another one")
+    why, name = error.strerror or str(error), error.filename
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    return HostError(why if name is None else f"{name}: {why}")
 
 
 def show_error(error: DhgError) -> None:

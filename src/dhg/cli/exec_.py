@@ -98,8 +98,8 @@ def main(argv: list[str]) -> int:
     run = Run(values)
     with run.start() as vm:
         try:
-            result = run.finish(vm, _writer(1), _writer(2))
-        except _ReaderGone:
+            result = run.finish(vm, writer(1), writer(2))
+        except ReaderGone:
             return 128 + proc.SIGPIPE
         done = time.monotonic_ns()
     for note in run.deliver(vm, result):
@@ -340,13 +340,18 @@ class Source:
         """The script's bytes."""
         if self._code is not None:
             return os.fsencode(self._code)
-        parts = []
-        try:
-            while part := os.read(self._fd, 1 << 20):
-                parts.append(part)
-        except OSError as error:
-            raise UsageError(f"cannot read {self.filename}: {error.strerror}") from None
-        return b"".join(parts)
+        parts: list[bytes] = []
+        while True:
+            try:
+                part = os.read(self._fd, 1 << 20)
+            except BlockingIOError:
+                _wait(self._fd, writing=False)
+                continue
+            except OSError as error:
+                raise UsageError(f"cannot read {self.filename}: {error.strerror}") from None
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
 
 
 def _stdin_is_empty() -> bool:
@@ -376,23 +381,37 @@ def _environ(items: list[str]) -> tuple[str, ...]:
     return tuple(pairs)
 
 
-class _ReaderGone(Exception):
+class ReaderGone(Exception):
     """Whoever read our output has closed the pipe."""
 
 
-def _writer(fd: int) -> client.Sink:
+def writer(fd: int) -> client.Sink:
+    """A sink that writes all of it to a descriptor. It raises `ReaderGone`, `HostError`."""
+
     def write(data: bytes) -> None:
-        try:
-            done = os.write(fd, data)
-            while done < len(data):
-                data = data[done:]
-                done = os.write(fd, data)
-        except BrokenPipeError:
-            raise _ReaderGone from None
-        except OSError as error:
-            raise HostError(f"cannot write the script's output: {error.strerror}") from None
+        while data:
+            try:
+                data = data[os.write(fd, data) :]
+            except BrokenPipeError:
+                raise ReaderGone from None
+            except BlockingIOError:
+                _wait(fd, writing=True)
+            except OSError as error:
+                raise HostError(f"cannot write the script's output: {error.strerror}") from None
 
     return write
+
+
+def _wait(fd: int, *, writing: bool) -> None:
+    """Wait a second at most for a descriptor that another program which has it, too, has set to O_NONBLOCK.
+
+    Signal handlers may end that, and a signal that came just before it need not wait for long.
+    """
+    import select
+
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT if writing else select.POLLIN)
+    poller.poll(1000)
 
 
 def _show_command(argv: list[str]) -> None:

@@ -2,42 +2,82 @@
 
 from __future__ import annotations
 
+import _signal
 import json
-import sys
 import time
+import traceback
 from typing import Any
 
-from ..errors import DeadlineExceeded, DhgError, MachineError, OutcomeUnknown
+from .. import proc
+from ..errors import DeadlineExceeded, DhgError, HostError, MachineError, OutcomeUnknown, ProtocolError
 from ..wire import client, frames
-from . import show_error
-from .exec_ import Run
+from . import host_error, show_error
+from .exec_ import ReaderGone, Run, writer
 from .options import Values
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .exec_ import Place
 
+#: How much of stdout, and of stderr, is kept for the report: a script without end must not take all of the host's memory.
+MAX_OUTPUT_BYTES = 256 << 20
+
+
+class Kept:
+    """What a script printed. A sink that raises `HostError` for more than MAX_OUTPUT_BYTES; what came before is kept."""
+
+    __slots__ = ("_left", "_name", "_parts")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._parts: list[bytes] = []
+        self._left = MAX_OUTPUT_BYTES
+
+    def write(self, data: bytes) -> None:
+        """Keep `data`."""
+        self._parts.append(data[: self._left])
+        self._left -= len(data)
+        if self._left < 0:
+            self._left = 0
+            raise HostError(
+                f"the script printed more than {MAX_OUTPUT_BYTES >> 20} MiB to {self._name}, which --json keeps in memory",
+                hint="run it without --json, or have it print less",
+            )
+
+    def note(self, text: str) -> None:
+        """Add a line of ours."""
+        self._parts.append(f"{text}\n".encode())
+
+    def text(self) -> str:
+        """All of it; bytes that are no UTF-8 are replaced."""
+        return b"".join(self._parts).decode("utf-8", "replace")
+
 
 def main(values: Values) -> int:
     """Run the script, print the report; the exit code."""
     began = time.monotonic()
-    out: list[bytes] = []
-    err: list[bytes] = []
+    out, err = Kept("stdout"), Kept("stderr")
     report = _blank()
     try:
-        _run(values, report, out, err)
+        try:
+            _run(values, report, out, err)
+        finally:
+            # From here on there is something to report.
+            _signal.signal(proc.SIGTERM, proc.SIG_IGN)
     except KeyboardInterrupt:
-        report.update(outcome="unknown", exit_code=130, error=_error("KeyboardInterrupt", "interrupted"))
-    except DhgError as error:
+        report.update(exit_code=130, error=_error("KeyboardInterrupt", "interrupted"))
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+        report.update(exit_code=code, error=_error("SystemExit", "terminated"))
+    except (DhgError, OSError) as error:
         if values.flag("debug"):
-            raise
+            traceback.print_exc()
         if isinstance(error, DeadlineExceeded):
             report["outcome"] = "timeout"
         elif isinstance(error, OutcomeUnknown):
             report["outcome"] = "unknown"
-        _failed(report, error)
-    report["stdout"] = b"".join(out).decode("utf-8", "replace")
-    report["stderr"] = b"".join(err).decode("utf-8", "replace")
+        _failed(report, host_error(error) if isinstance(error, OSError) else error)
+    report["stdout"], report["stderr"] = out.text(), err.text()
     report["elapsed_ms"] = round((time.monotonic() - began) * 1000, 1)
     return _print(report)
 
@@ -55,8 +95,14 @@ def _failed(report: dict[str, Any], error: DhgError) -> None:
 
 
 def _print(report: dict[str, Any]) -> int:
-    sys.stdout.write(json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    # ASCII: whatever stdout's encoding is, and for texts that have none in UTF-8 (names of files that are no UTF-8).
+    data = json.dumps(report, allow_nan=False).encode() + b"\n"
+    # Who does not read it can end us.
+    _signal.signal(proc.SIGTERM, proc.SIG_DFL)
+    try:
+        writer(1)(data)
+    except ReaderGone:
+        return 128 + proc.SIGPIPE
     code: int = report["exit_code"]
     return code
 
@@ -79,16 +125,21 @@ def _blank() -> dict[str, Any]:
     }
 
 
-def _run(values: Values, report: dict[str, Any], out: list[bytes], err: list[bytes]) -> None:
+def _run(values: Values, report: dict[str, Any], out: Kept, err: Kept) -> None:
     run = Run(values)
     run.flags |= frames.FLAG_JSON
     with run.start() as vm:
         report.update(engine=vm.engine, acceleration=vm.acceleration)
         try:
-            result = run.finish(vm, out.append, err.append)
-        except MachineError as error:
-            if not isinstance(error, OutcomeUnknown):
-                report["outcome"] = "not_started"
+            result = run.finish(vm, out.write, err.write)
+            # Until all of it is in the report.
+            report["outcome"] = "unknown"
+            tables = _tables(result)
+        except BaseException as error:
+            run.drop()
+            # Of the errors of machines, only those that are OutcomeUnknown say so.
+            if vm.released and not isinstance(error, MachineError):
+                report["outcome"] = "unknown"
             raise
         finally:
             _cost(vm, report)
@@ -96,11 +147,24 @@ def _run(values: Values, report: dict[str, Any], out: list[bytes], err: list[byt
     report["outcome"] = "failed" if result.texts(frames.F_ERROR_TYPE) or result.exit_code else "completed"
     report["result_repr"] = next(iter(result.texts(frames.F_REPR)), None)
     report["error"] = _script_error(result)
-    report["tables"] = [json.loads(text) for text in result.texts(frames.F_TABLE)]
+    report["tables"] = tables
     for note in run.deliver(vm, result):
-        err.append(f"{note}\n".encode())
+        err.note(note)
         if report["error"] is not None and note.startswith("hint: "):
             report["error"]["hint"] = note.removeprefix("hint: ")
+
+
+def _tables(result: client.Result) -> list[dict[str, Any]]:
+    """The tables that came with a result. Raises `ProtocolError` for what cannot be part of a report."""
+    try:
+        tables = [json.loads(text) for text in result.texts(frames.F_TABLE)]
+        # Reads more than it writes: NaN, numbers too large for a float.
+        json.dumps(tables, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"the script's tables came as no valid JSON: {error}") from None
+    if not all(isinstance(table, dict) for table in tables):
+        raise ProtocolError("the script's tables came as something else")
+    return tables
 
 
 def _cost(vm: Place, report: dict[str, Any]) -> None:

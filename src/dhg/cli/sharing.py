@@ -67,6 +67,8 @@ class Plan:
         self.shares += tuple((mount.host, WRITABLE if mount.writable else READ_ONLY) for mount in mounts)
         self.mounts = tuple(mount.guest for mount in mounts)
         self.flags = 0 if workspace else frames.FLAG_NO_WORKSPACE
+        if any(access == WRITABLE for _, access in self.shares):
+            self.flags |= frames.FLAG_WRITABLE
         self.outputs: Outputs | None = None
         if values.flag("output"):
             from ..output import Outputs

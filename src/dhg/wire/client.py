@@ -374,6 +374,9 @@ class _Input:
         if fd == self._fd:
             try:
                 self._data = os.read(self._fd, 65536)
+            except BlockingIOError:
+                # Another reader has had it.
+                return
             except OSError:
                 self._data = b""
             self._poller.unregister(self._fd)
