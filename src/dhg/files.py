@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import config
 from .errors import HostError
+
+#: How often a tree that others change meanwhile is gone through.
+REMOVE_TRIES = 4
+_READ = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def _lock_file(path: str) -> int:
@@ -73,17 +77,116 @@ def _make_private(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a directory whatever the modes in it are. Does nothing if it is not there."""
+    """Remove a directory whatever the modes in it are, as far as that goes. Does nothing if it is not there, or is a symlink.
 
-    def retry(function: Callable[[str], object], name: str, _: object) -> None:
+    See `remove_open` for what holds while others change the tree.
+    """
+    parent, name = os.path.split(path.rstrip("/"))
+    try:
+        above = os.open(parent or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        top = _enter(above, name)
         try:
-            os.chmod(os.path.dirname(name), 0o700)
-            function(name)
+            remove_open(top, above, name)
+        finally:
+            os.close(top)
+    except OSError:
+        pass
+    finally:
+        os.close(above)
+
+
+def remove_open(top: int, above: int, name: str, *, timeout_s: float = float("inf")) -> None:
+    """Empty the open directory `top`, and remove it if it still is what the directory `above` has as `name`.
+
+    Others, a hostile script among them, may rename, link and chmod in the tree meanwhile: nothing is reached by a path, no symlink
+    is followed, and no mode is changed but those of directories in the tree. Where that gets in the way, or takes more than
+    `timeout_s` seconds, something is left. Both descriptors stay open. Raises no `OSError`.
+    """
+    until = time.monotonic() + timeout_s
+    # Again if something was moved about or made meanwhile, but not for ever.
+    for _ in range(REMOVE_TRIES):
+        try:
+            # Another directory that has the name by now stays, even an empty one.
+            if _empty(top, until) and os.path.samestat(
+                os.stat(name, dir_fd=above, follow_symlinks=False), os.fstat(top)
+            ):
+                os.rmdir(name, dir_fd=above)
+                return
         except OSError:
             pass
+        if time.monotonic() >= until:
+            return
 
-    if os.path.lexists(path):
-        shutil.rmtree(path, onerror=retry)
+
+def _empty(top: int, until: float) -> bool:
+    """Remove what is in a directory; False if it is late, or somebody moved a directory that we were in. Raises `OSError`.
+
+    One descriptor, however deep the tree is: the way back up is `..`, and has to lead to where we came from.
+    """
+    if os.fstat(top).st_mode & 0o700 != 0o700:
+        os.fchmod(top, 0o700)
+    # A descriptor of its own: that of `top` stays as it is, and is the caller's.
+    here = os.open(".", _READ, dir_fd=top)
+    try:
+        #: Of each directory above: what it is, the name by which we left it, what else in it is to be entered.
+        levels: list[tuple[os.stat_result, str, list[str]]] = []
+        folders = _unlink_files(here)
+        while time.monotonic() < until:
+            if folders:
+                name = folders.pop()
+                try:
+                    below = _enter(here, name)
+                except OSError:
+                    continue
+                levels.append((os.fstat(here), name, folders))
+                here, left = below, here
+                os.close(left)
+                folders = _unlink_files(here)
+            elif levels:
+                came_from, name, folders = levels.pop()
+                here, left = os.open("..", _READ, dir_fd=here), here
+                os.close(left)
+                if not os.path.samestat(os.fstat(here), came_from):
+                    return False
+                try:
+                    os.rmdir(name, dir_fd=here)
+                except OSError:
+                    pass
+            else:
+                return True
+        return False
+    finally:
+        os.close(here)
+
+
+def _enter(above: int, name: str) -> int:
+    """Open a directory to read it, whatever its mode. Raises `OSError`, also for a symlink."""
+    # What cannot be read can be opened so, and its mode changed without naming it again.
+    found = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+    try:
+        if os.fstat(found).st_mode & 0o700 != 0o700:
+            try:
+                os.chmod(f"/proc/self/fd/{found}", 0o700)
+            except PermissionError:
+                # Somebody else's; what their mode allows may be enough.
+                pass
+        return os.open(".", _READ, dir_fd=found)
+    finally:
+        os.close(found)
+
+
+def _unlink_files(fd: int) -> list[str]:
+    """Remove what is no directory from an open directory; the names of the rest."""
+    rest = []
+    for name in os.listdir(fd):
+        try:
+            os.unlink(name, dir_fd=fd)
+        except OSError:
+            rest.append(name)
+    return rest
 
 
 def sync_dir(path: str) -> None:

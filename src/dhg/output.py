@@ -3,18 +3,25 @@
 Beside each FILE a private directory is made, in which the script's VM (or server) writes. When the script has succeeded and
 everything has arrived, the files are synced and renamed into place; otherwise the directories go away and older files are as they
 were.
+
+The script may be hostile and its VM still alive, and a VM that may write beside FILE can rename the directory away and put a symlink
+in its place. So the directories are held open, and everything is done by descriptors; of what lies in them nothing is believed.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
+from errno import EEXIST
 from stat import S_ISREG
 
 from .errors import DhgError, HostError, UsageError
-from .files import remove_tree, sync_dir, sync_file
+from .files import remove_open
 
 FORMATS = ("parquet", "csv", "arrow")
+#: A script that makes directories faster than they are removed does not hold up its user for longer.
+REMOVE_S = 20.0
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Output:
@@ -33,13 +40,82 @@ class Output:
         # As a program that opens FILE would: a symlink leads to what is written.
         self.target = os.path.realpath(path)
         self.path = path
-        #: The directory that is written to; "" before `Outputs.open`.
+        #: The directory that is written to; "" before `open`.
         self.folder = ""
+        self._folder = self._parent = self._written = -1
 
     @property
     def file(self) -> str:
         """The name of the file in `folder`."""
         return f"{self.name}.{self.format}"
+
+    def open(self) -> None:
+        """Make the directory. Raises `OSError`; call `close` then, too."""
+        parent, name = os.path.split(self.target)
+        self._parent = os.open(parent, _FOLDER)
+        folder = f".{name[:100]}.dhg-{os.urandom(6).hex()}"
+        os.mkdir(folder, 0o700, dir_fd=self._parent)
+        self.folder = f"{parent}/{folder}"
+        self._folder = os.open(folder, _FOLDER, dir_fd=self._parent)
+        # Not ours: it would be emptied.
+        if os.listdir(self._folder):
+            os.close(self._folder)
+            self._folder = -1
+            raise FileExistsError(EEXIST, "somebody put another directory in place of ours")
+
+    def check(self, mask: int) -> None:
+        """Look at the file that was written, give it the mode that it is to have, and sync it. Raises `DhgError`, `OSError`."""
+        # Without opening what may be a pipe or a device, and whatever its mode.
+        found = os.open(self.file, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder)
+        try:
+            status = os.fstat(found)
+            # One that has another name, too, may be a file of the host's, whose mode is not ours to change.
+            if not S_ISREG(status.st_mode) or status.st_nlink != 1:
+                raise DhgError(f"--output {self.path}: what was written is no regular file")
+            if status.st_mode & 0o400 == 0:
+                os.chmod(f"/proc/self/fd/{found}", 0o600)
+            self._written = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            os.close(found)
+        old = self._status(os.path.basename(self.target), self._parent)
+        os.fchmod(self._written, old.st_mode & 0o777 if old and S_ISREG(old.st_mode) else 0o666 & ~mask)
+        os.fsync(self._written)
+
+    def put(self) -> None:
+        """Rename the file that was checked into place. Raises `DhgError`, `OSError`."""
+        name = os.path.basename(self.target)
+        found = self._status(self.file, self._folder)
+        if found is None or not os.path.samestat(found, os.fstat(self._written)):
+            raise DhgError(f"--output {self.path}: what was written was replaced meanwhile")
+        os.rename(self.file, name, src_dir_fd=self._folder, dst_dir_fd=self._parent)
+        # Between the look and the rename there is a moment. Another file is just other content, as the script could have
+        # written it; a symlink would lead whoever reads FILE to what the script itself cannot read.
+        found = self._status(name, self._parent)
+        if found is not None and not S_ISREG(found.st_mode):
+            os.unlink(name, dir_fd=self._parent)
+            raise DhgError(f"--output {self.path}: what was written was replaced meanwhile")
+        os.fsync(self._parent)
+
+    @staticmethod
+    def _status(name: str, folder: int) -> os.stat_result | None:
+        try:
+            return os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def close(self) -> None:
+        """Remove the directory, if there is one."""
+        if self._folder >= 0:
+            remove_open(self._folder, self._parent, os.path.basename(self.folder), timeout_s=REMOVE_S)
+        elif self.folder:
+            try:
+                os.rmdir(os.path.basename(self.folder), dir_fd=self._parent)
+            except OSError:
+                pass
+        for fd in (self._folder, self._parent, self._written):
+            if fd >= 0:
+                os.close(fd)
+        self.folder, self._folder, self._parent, self._written = "", -1, -1, -1
 
 
 class Outputs:
@@ -57,38 +133,30 @@ class Outputs:
         """Make the directories. Raises `HostError`: nothing is left."""
         try:
             for one in self.all:
-                parent, name = os.path.split(one.target)
-                one.folder = tempfile.mkdtemp(prefix=f".{name[:100]}.dhg-", dir=parent)
+                one.open()
         except OSError as error:
             self.close()
             raise HostError(f"cannot write {one.path}: {error.strerror}") from None
 
     def deliver(self, error: str | None) -> None:
         """Put everything in place; `error` is what the guest says went wrong. Raises `DhgError`: nothing is changed then, unless
-        a rename fails after others."""
+        a rename fails after others or the script's VM lives and interferes."""
         if error is not None:
             raise DhgError(f"--output {error}", hint="no output was written")
         mask = os.umask(0)
         os.umask(mask)
         try:
             for one in self.all:
-                written = f"{one.folder}/{one.file}"
-                if not S_ISREG(os.lstat(written).st_mode):
-                    raise DhgError(f"--output {one.path}: what was written is no regular file")
-                os.chmod(written, os.stat(one.target).st_mode & 0o777 if os.path.exists(one.target) else 0o666 & ~mask)
-                sync_file(written)
+                one.check(mask)
             for one in self.all:
-                os.rename(f"{one.folder}/{one.file}", one.target)
-                sync_dir(os.path.dirname(one.target))
+                one.put()
         except OSError as why:
             raise HostError(f"cannot write {one.path}: {why.strerror}", hint="the script ran") from None
 
     def close(self) -> None:
         """Remove the directories."""
         for one in self.all:
-            if one.folder:
-                remove_tree(one.folder)
-                one.folder = ""
+            one.close()
 
     def __enter__(self) -> Outputs:
         return self
