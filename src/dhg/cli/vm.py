@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -72,6 +73,22 @@ def main(argv: list[str]) -> int:
     if argv[0] not in verbs:
         raise UsageError(f"no such command: vm {argv[0]}", hint="`dhg vm --help` lists them")
     return verbs[argv[0]](argv[1:])
+
+
+def unwind_on_signals() -> None:
+    """Have SIGTERM and SIGHUP unwind as Ctrl+C does, to the context managers that end what was started: it has process groups of its
+    own, so nobody else ends it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # Under nohup the one is to be ignored.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _ended)
+
+
+def _ended(number: int, _: object) -> None:
+    # Whatever comes next must not cut that short.
+    for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def _parse(argv: list[str], options: list[Option], verb: str, more: str) -> Values | None:
@@ -174,6 +191,7 @@ def prepare(argv: list[str]) -> int:
         raise UsageError("--firecracker needs --engine firecracker")
     if engine == "firecracker" and accel == "tcg":
         raise UsageError("Firecracker has no software emulation: leave --accel tcg out")
+    unwind_on_signals()
     from ..snapshot import build
 
     display = Display()
@@ -257,6 +275,7 @@ def verify(argv: list[str]) -> int:
         return 0
     restores, together = values.text("restores"), values.text("at_once")
     engine = values.text("engine")
+    unwind_on_signals()
     from .. import verify as verifier
 
     checks = verifier.verify(
@@ -285,6 +304,7 @@ def clean(argv: list[str]) -> int:
     version = values.text("version")
     if version is not None and values.flag("all"):
         raise UsageError("--version and --all exclude each other")
+    unwind_on_signals()
     from ..snapshot import inventory
 
     result = inventory.clean(

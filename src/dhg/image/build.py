@@ -19,6 +19,8 @@ from ..files import locked, private_dir, remove_tree, sync_dir, sync_file
 from . import classes, compilepath, java, kernel
 from .tree import COMPILE, can_mount, compile_python
 
+#: What the names of unfinished results begin with.
+TEMPORARY = ".tmp-"
 SUITE = "bookworm"
 PACKAGES = (
     "python3-minimal",
@@ -75,8 +77,12 @@ def cached(stage: str, key: str, build: Callable[[str], None]) -> str:
     with locked(f"{root}/.lock"):
         if os.path.isdir(result):
             return result
-        tmp = f"{root}/.tmp-{key}"
-        remove_tree(tmp)
+        # Killed builds left these. Nobody else builds while we have the lock, but a program of theirs may still be at work in one:
+        # hence a name of our own.
+        for name in os.listdir(root):
+            if name.startswith(TEMPORARY):
+                remove_tree(f"{root}/{name}")
+        tmp = f"{root}/{TEMPORARY}{key}-{os.urandom(6).hex()}"
         os.mkdir(tmp, 0o700)
         try:
             build(tmp)

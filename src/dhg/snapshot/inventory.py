@@ -239,7 +239,7 @@ def _unused_stages(*, everything: bool = False) -> list[str]:
             continue
         for name in sorted(os.listdir(folder)):
             keep = f"{folder}/{name}" in used or name in needed.get(stage, ()) or name[0] == "."
-            if not keep or name.startswith(".tmp-"):
+            if not keep or name.startswith(build.TEMPORARY):
                 found.append(f"{folder}/{name}")
     return found
 
@@ -321,7 +321,7 @@ def _clean_stages(result: Cleaned, *, everything: bool) -> None:
         return
     try:
         for path in _unused_stages(everything=everything):
-            if not result.kept or os.path.basename(path).startswith(".tmp-"):
+            if not result.kept or os.path.basename(path).startswith(build.TEMPORARY):
                 remove_tree(path)
                 result.removed.append(path)
     finally:
