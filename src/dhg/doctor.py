@@ -86,7 +86,10 @@ def _kvm() -> Finding:
         return Finding("kvm", "note", "/dev/kvm opens; whether a guest boots on it is not known yet", "dhg vm prepare")
     if answer.usable:
         return Finding("kvm", "ok", answer.reason)
-    return Finding("kvm", "note", f"not usable: {answer.reason}", "nothing: software emulation is used instead")
+    remedy = "nothing: software emulation is used instead"
+    if probe.kvm_device() is None:
+        remedy += "; `dhg vm prepare --accel kvm` tries again"
+    return Finding("kvm", "note", f"not usable: {answer.reason}", remedy)
 
 
 def _userfaultfd() -> Finding:

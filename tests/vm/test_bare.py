@@ -101,7 +101,7 @@ def test_kvm_that_does_not_work_says_why(at_home: Dhg, home: Path) -> None:
         assert error.startswith("error: KVM does not work here: ")
         assert hint.startswith("hint: leave --accel kvm out")
         reasons.append(error)
-    # A device that opens was tried once, and what came of it is remembered.
+    # A device that opens was tried each time, and what came of it is remembered.
     assert reasons[0] == reasons[1]
     assert (home / "cache" / "probe.json").exists() == ("no stock kernel boots on it" in reasons[0])
     assert at_home(*BARE, "-c", "print(1)").stdout == b"1\n"

@@ -36,7 +36,7 @@ PREPARE = [
         f"the VM's memory (default {config.DEFAULT_MEMORY_MIB >> 10}G; bare: {config.DEFAULT_BARE_MEMORY_MIB}M)",
     ),
     Option("--vcpus", "N", "the VM's virtual CPUs (default: 2 with KVM, 1 without; bare: 1)"),
-    Option("--accel", "auto|kvm|tcg", "auto takes KVM where it boots a stock kernel (default)"),
+    Option("--accel", "auto|kvm|tcg", "auto takes KVM where it boots a stock kernel (default); kvm tries that again"),
     Option("--engine", "qemu|firecracker", "the VMM (default qemu; firecracker needs KVM)"),
     Option("--firecracker", "PATH", "its program (default: DHG_FIRECRACKER, or firecracker on the PATH)"),
     Option("--force", None, "make the snapshot anew even if it is there"),
@@ -58,7 +58,7 @@ VERIFY = [
 
 CLEAN = [
     Option("--version", "V", "the snapshots of this version only"),
-    Option("--all", None, "every snapshot, and the caches of the build stages"),
+    Option("--all", None, "every snapshot, the caches of the build stages, and what is known of KVM here"),
     _DEBUG,
     _HELP,
 ]

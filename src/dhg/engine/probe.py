@@ -157,10 +157,15 @@ def _console(argv: list[str]) -> tuple[str, str]:
     return data.decode("utf-8", "replace"), late.decode()
 
 
+def memory() -> str:
+    """The file that remembers the answers of probes."""
+    return f"{config.cache_dir()}/probe.json"
+
+
 def remembered() -> dict[str, list[object]]:
     """The answers of earlier probes, by machine."""
     try:
-        with open(config.cache_dir() + "/probe.json") as file:
+        with open(memory()) as file:
             found = json.load(file)
     except (OSError, ValueError):
         return {}
@@ -185,16 +190,22 @@ def known_kvm(qemu: str) -> Kvm | None:
     return None
 
 
-def kvm(qemu: str, kernel: str, initramfs: bytes) -> Kvm:
-    """The remembered answer of the probe, or a fresh one. A device that cannot be opened is not worth remembering."""
+def kvm(qemu: str, kernel: str, initramfs: bytes, *, insist: bool = False) -> Kvm:
+    """The remembered answer of the probe, or a fresh one: with `insist` also where the remembered one is that KVM is not usable.
+
+    A device that cannot be opened is not worth remembering.
+    """
     result = known_kvm(qemu)
-    if result is not None:
+    if result is not None and (result.usable or not insist):
         return result
+    closed = kvm_device()
+    if closed is not None:
+        return closed
     result = probe_kvm(qemu, kernel, initramfs)
     known = remembered()
     known[probe_key(qemu)] = [result.usable, result.reason]
-    folder = private_dir(config.cache_dir())
-    with open(f"{folder}/probe.json.{os.getpid()}", "w") as file:
+    private_dir(config.cache_dir())
+    with open(f"{memory()}.{os.getpid()}", "w") as file:
         json.dump(known, file)
-    os.replace(f"{folder}/probe.json.{os.getpid()}", f"{folder}/probe.json")
+    os.replace(f"{memory()}.{os.getpid()}", memory())
     return result

@@ -72,7 +72,8 @@ def pick_acceleration(asked: str, base: str) -> tuple[str, str]:
     """kvm or tcg, and why. Raises `HostError` if KVM was asked for and does not work."""
     if asked == "tcg":
         return "tcg", "asked for"
-    found = probe.kvm(probe.qemu_path(), image.kernel_image(base), image.probe_initramfs(base, probe.PROBE_TOKEN))
+    initramfs = image.probe_initramfs(base, probe.PROBE_TOKEN)
+    found = probe.kvm(probe.qemu_path(), image.kernel_image(base), initramfs, insist=asked == "kvm")
     if found.usable:
         return "kvm", found.reason
     if asked == "kvm":
@@ -145,7 +146,10 @@ def _prepare(
     base = image.base_system(log)
     # Before the root image, which takes minutes the first time: --accel kvm in vain should end early.
     progress("acceleration", "")
-    accel, reason = ("kvm", engines.require_kvm(base)) if engine == "firecracker" else pick_acceleration(accel, base)
+    if engine == "firecracker":
+        accel, reason = "kvm", engines.require_kvm(base, insist=accel == "kvm")
+    else:
+        accel, reason = pick_acceleration(accel, base)
     progress("acceleration", f"{accel} ({reason})")
     progress("root image", config.title(version))
     root = image.root_image(base, version, log)

@@ -38,20 +38,27 @@ def kernel_args(engine: str, accel: str) -> str:
     return firecracker.KERNEL_ARGS if engine == "firecracker" else qemu.command_line(accel)
 
 
-def require_kvm(base: str) -> str:
-    """That KVM works, as far as can be told before Firecracker itself tries; why we think so. Raises `HostError`."""
+def require_kvm(base: str, *, insist: bool = False) -> str:
+    """That KVM works, as far as can be told before Firecracker itself tries; why we think so. For `insist` see `probe.kvm`.
+
+    Raises `HostError`.
+    """
     found = probe.kvm_device()
     if found is None:
         try:
             found = probe.kvm(
-                probe.qemu_path(), image.kernel_image(base), image.probe_initramfs(base, probe.PROBE_TOKEN)
+                probe.qemu_path(),
+                image.kernel_image(base),
+                image.probe_initramfs(base, probe.PROBE_TOKEN),
+                insist=insist,
             )
         except HostError:
             return "/dev/kvm opens; without QEMU it is not tried beforehand"
     if not found.usable:
         raise HostError(
             f"Firecracker needs KVM, which does not work here: {found.reason}",
-            hint="leave --engine out: QEMU runs everywhere",
+            hint="leave --engine out: QEMU runs everywhere"
+            + ("" if insist or probe.kvm_device() else "; --accel kvm tries KVM again"),
         )
     return found.reason
 

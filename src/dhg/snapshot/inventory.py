@@ -276,7 +276,7 @@ def _clean_version(folder: str, result: Cleaned, *, snapshots: bool) -> None:
 
 
 def clean(*, version: str | None = None, everything: bool = False) -> Cleaned:
-    """Remove the snapshots of `version`, or with `everything` all of them and the build caches, or `leftovers` only.
+    """Remove the snapshots of `version`, or `leftovers` only, or with `everything` all snapshots, the build caches and what is known of KVM.
 
     Nothing that a VM uses or a prepare is making is removed. Raises `SnapshotMissing` for a version that is not there.
     """
@@ -324,5 +324,9 @@ def _clean_stages(result: Cleaned, *, everything: bool) -> None:
             if not result.kept or os.path.basename(path).startswith(build.TEMPORARY):
                 remove_tree(path)
                 result.removed.append(path)
+        # As the stages: what is linked to is another home's.
+        if everything and not os.path.islink(config.cache_dir()) and os.path.exists(probe.memory()):
+            os.unlink(probe.memory())
+            result.removed.append(probe.memory())
     finally:
         os.close(lock)
