@@ -17,7 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dhg.errors import HostError
 from dhg.share import ahead, nodes, protocol
+from dhg.share import main as share_main
 from dhg.share.ignore import Patterns
 from dhg.share.nodes import FIRST_SHARE_ID, Share
 from dhg.share.server import Broken, Server
@@ -1035,6 +1037,31 @@ def test_patterns(pattern: str, hidden: list[str], shown: list[str]) -> None:
     patterns = Patterns(pattern.encode())
     assert [path for path in hidden if not patterns.hide(path.encode(), directory=False)] == []
     assert [path for path in shown if patterns.hide(path.encode(), directory=False)] == []
+
+
+def test_patterns_of_windows_editors() -> None:
+    patterns = Patterns(".env\r\n/private/\r\n".encode("utf-8-sig"))
+    assert patterns.hide(b".env", directory=False)
+    assert patterns.hide(b"private", directory=True)
+    # What follows a mark is the first pattern.
+    assert not Patterns("#x".encode("utf-8-sig")).hide(b"#x", directory=False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_patterns_in_another_encoding_are_refused(encoding: str, bom: str) -> None:
+    with pytest.raises(ValueError, match="it is no text in UTF-8"):
+        Patterns(f"{bom}.env\r\n".encode(encoding))
+
+
+def test_a_file_of_patterns_in_utf16_shares_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".dhgignore").write_text(".env\n", encoding="utf-16")
+    fd = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        with pytest.raises(HostError, match=r"cannot use \.dhgignore: it is no text in UTF-8; nothing is shared"):
+            share_main.share(0, fd, writable=False)
+    finally:
+        os.close(fd)
 
 
 @given(st.binary(max_size=60), st.binary(max_size=60))

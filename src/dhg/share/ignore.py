@@ -12,6 +12,8 @@ A line is a pattern, as in gitignore(5):
 - what is in a hidden directory is hidden, whatever follows
 
 Only the `.dhgignore` in the shared directory itself counts. Unlike git, patterns match bytes, and case counts always.
+The file is text in UTF-8, or in another encoding in which ASCII is itself; the mark of UTF-8 that some editors put first
+does not count.
 """
 
 from __future__ import annotations
@@ -22,12 +24,19 @@ MAX_SIZE = 1 << 20
 MAX_PATTERNS = 10_000
 
 
+BOM_UTF8, BOMS_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+
+
 class Patterns:
-    """The patterns of one file. Raises `ValueError` for one that is too large or a pattern that is none."""
+    """The patterns of one file. Raises `ValueError` for one that is too large or no such text, and for a pattern that is none."""
 
     def __init__(self, text: bytes) -> None:
         if len(text) > MAX_SIZE:
             raise ValueError(f"larger than {MAX_SIZE} bytes")
+        # Windows PowerShell's `echo .env > .dhgignore` writes UTF-16: patterns that match nothing, so that nothing would be hidden.
+        if text.startswith(BOMS_UTF16) or b"\0" in text:
+            raise ValueError("it is no text in UTF-8")
+        text = text.removeprefix(BOM_UTF8)
         self._rules: list[tuple[re.Pattern[bytes], bool, bool]] = []
         #: Whether a pattern depends on more than the name: a directory that is renamed would escape it.
         self.by_path = False
