@@ -276,7 +276,7 @@ def _clean_version(folder: str, result: Cleaned, *, snapshots: bool) -> None:
 
 
 def clean(*, version: str | None = None, everything: bool = False) -> Cleaned:
-    """Remove the snapshots of `version`, or `leftovers` only, or with `everything` all snapshots, the build caches, the probe's memory.
+    """Remove the snapshots of `version`, or `leftovers` only, or with `everything` all snapshots, build caches, the probe's memory.
 
     Nothing that a VM uses or a prepare is making is removed. Raises `SnapshotMissing` for a version that is not there.
     """
