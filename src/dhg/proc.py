@@ -140,10 +140,10 @@ def spawn(
     if 0 not in given:
         actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0))
     # dup2 of a descriptor onto itself would leave it closed on exec, and a target that is another's source would be
-    # overwritten before it is used: move such sources out of the way.
+    # overwritten before it is used: move such sources out of the way. 0 always is a target.
     moved: dict[int, int] = {}
     for ours in given.values():
-        if ours in given and ours not in moved:
+        if (ours in given or ours == 0) and ours not in moved:
             moved[ours] = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(given) + 1)
     for number, ours in given.items():
         actions.append((os.POSIX_SPAWN_DUP2, moved.get(ours, ours), number))

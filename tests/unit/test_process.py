@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -246,3 +248,154 @@ def test_output_that_cannot_be_written() -> None:
     assert (done.stderr, done.returncode) == (full, 2)
     done = run_exec("def run(self, *_, **__): return result()", "--json", "-c", "1", after=">/dev/full")
     assert (done.stderr, done.returncode) == (b"error: cannot write the script's output: No space left on device\n", 2)
+
+
+NOTHING = "def run(self, *_, **__): return result()"
+
+
+def test_a_timeout_ends_the_wait_for_who_writes_to_a_fifo(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    expected = b"error: timed out after 1 s\nhint: the script did not run\n"
+    done = run_exec(NOTHING, "--timeout", "1", str(fifo))
+    assert (done.stdout, done.stderr, done.returncode) == (b"", expected, 3)
+    done = run_exec(NOTHING, "--json", "--timeout", "1", str(fifo))
+    assert (done.stderr, report(done)["outcome"]) == (expected, "timeout")
+    # Somebody has opened it and writes nothing.
+    writer = os.open(fifo, os.O_RDWR)
+    done = run_exec(NOTHING, "--timeout", "1", str(fifo))
+    os.close(writer)
+    assert (done.stdout, done.stderr, done.returncode) == (b"", expected, 3)
+
+
+def test_json_of_a_run_that_is_ended_before_it_began() -> None:
+    body = f"{NOTHING}\nexec_.Source = lambda *_: (os.kill(os.getpid(), {signal.SIGTERM:d}), time.sleep(60))"
+    done = run_exec(body, "--json", "-c", "1")
+    assert (report(done)["outcome"], done.returncode) == ("not_started", 143)
+
+
+DESCRIPTORS = """
+import os, sys
+from dhg import cli, proc
+
+def main():
+    found = [os.readlink(f"/proc/self/fd/{fd}") for fd in range(3)]
+    next_one = os.open("/dev/zero", os.O_RDONLY)
+    print("out", flush=True)
+    print("err", file=sys.stderr, flush=True)
+    inherited = proc.run(["sh", "-c", "readlink /proc/self/fd/0"], timeout_s=20)
+    child = proc.spawn(["/bin/sh", "-c", "echo child; echo child >&2"])
+    with child:
+        status = child.wait(20.0)
+    said = repr((found, next_one > 2, sys.stdin.read(), inherited, status))
+    os.write(os.open(sys.argv[1], os.O_WRONLY), said.encode())
+    return 7
+
+cli.main = main
+cli.run()
+"""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_closed_standard_descriptors(closed: tuple[int, ...], tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    said.touch()
+    done = run_code(DESCRIPTORS, f"{said} {' '.join(f'{fd}>&-' for fd in closed)}")
+    out, err = (b"" if fd in closed else data for fd, data in ((1, b"out\nchild\n"), (2, b"err\nchild\n")))
+    assert (done.stdout, done.stderr, done.returncode) == (out, err, 7)
+    found, above, read, inherited, status = ast.literal_eval(said.read_text())
+    assert [name == "/dev/null" for name in found] == [fd in closed or fd == 0 for fd in range(3)]
+    assert (above, read, inherited, status) == (True, "", "/dev/null\n", 0)
+
+
+def test_exec_with_closed_standard_descriptors() -> None:
+    body = """
+def run(self, request, **options):
+    assert options["stdin"] is None
+    options["stdout"](b"out")
+    options["stderr"](b"err")
+    return result(7)
+"""
+    for redirect, out, err in (("2>&-", b"out", b""), (">&-", b"", b"err"), ("<&-", b"out", b"err")):
+        done = run_exec(body, "-c", "1", after=redirect)
+        assert (done.stdout, done.stderr, done.returncode) == (out, err, 7)
+    done = run_exec(body, "--no-such-option", after="2>&-")
+    assert (done.stdout, done.stderr, done.returncode) == (b"", b"", 2)
+    done = run_exec(body, "-", after="<&-")
+    assert (done.stdout, done.returncode) == (b"out", 7)
+
+
+def test_a_child_may_be_given_our_descriptor_0() -> None:
+    read, write = os.pipe()
+    script = "import sys; from dhg import proc\nwith proc.spawn(['/bin/cat', '/proc/self/fd/9'], fds={9: 0}) as c: c.wait(20.0)"
+    os.write(write, b"through 0")
+    os.close(write)
+    with open(read, "rb") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": SRC},
+            stdin=file,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.stdout, done.stderr, done.returncode) == (b"through 0", b"", 0)
+
+
+def test_output_to_a_pipe_that_does_not_block() -> None:
+    body = """
+def run(self, request, **options):
+    for _ in range(64):
+        options["%s"](bytes(range(256)) * 256)
+    return result()
+"""
+    for name in ("stdout", "stderr"):
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        argv = [sys.executable, "-c", EXEC % (body % name), "exec", "-c", "1"]
+        out, err = (write, None) if name == "stdout" else (None, write)
+        environ = {**os.environ, "PYTHONPATH": SRC}
+        with subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err) as process:
+            os.close(write)
+            # It has filled the pipe by then, most of the time.
+            time.sleep(0.5)
+            with open(read, "rb") as file:
+                assert file.read() == bytes(range(256)) * (256 * 64)
+            assert process.wait(60) == 0
+
+
+def test_a_timeout_ends_output_to_a_pipe_that_does_not_block() -> None:
+    body = """
+def run(self, request, **options):
+    while True:
+        options["stdout"](b"x" * 65536)
+"""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    argv = [sys.executable, "-c", EXEC % body, "exec", "--timeout", "1", "-c", "1"]
+    with subprocess.Popen(
+        argv, env={**os.environ, "PYTHONPATH": SRC}, stdin=subprocess.DEVNULL, stdout=write, stderr=subprocess.PIPE
+    ) as process:
+        assert process.wait(60) == 3
+        assert process.stderr is not None
+        assert process.stderr.read() == b"error: timed out after 1 s\nhint: the script was running\n"
+    os.close(read)
+    os.close(write)
+
+
+def test_a_script_from_a_stdin_that_does_not_block() -> None:
+    body = """
+def run(self, request, **options):
+    options["stdout"](request.source)
+    return result()
+"""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    argv = [sys.executable, "-c", EXEC % body, "exec", "-"]
+    with subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": SRC}, stdin=read, stdout=subprocess.PIPE) as process:
+        os.close(read)
+        time.sleep(0.5)
+        os.write(write, b"1")
+        os.close(write)
+        assert process.stdout is not None
+        assert process.stdout.read() == b"1"

@@ -98,6 +98,7 @@ def run() -> NoReturn:
     """
     # A caller's `trap '' CHLD` is inherited: the kernel would reap our children itself, and nobody could wait for them.
     _signal.signal(SIGCHLD, SIG_DFL)
+    _fill_descriptors()
     try:
         code = main()
     except SystemExit as stop:
@@ -105,6 +106,19 @@ def run() -> NoReturn:
     else:
         code = _flush(code)
     os._exit(code)
+
+
+def _fill_descriptors() -> None:
+    """Put /dev/null where the caller has closed one of our standard descriptors: the next file opened would take its number."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Gets the lowest number that is free.
+            os.set_inheritable(os.open(os.devnull, os.O_WRONLY if fd else os.O_RDONLY), True)
+            # Python has made none of a descriptor that it found closed.
+            stream = open(fd, "w" if fd else "r", errors="replace", closefd=False)
+            setattr(sys, ("stdin", "stdout", "stderr")[fd], stream)
 
 
 def _flush(code: int) -> int:

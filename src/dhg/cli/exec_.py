@@ -124,7 +124,7 @@ class Run:
         self.flags = 0 if values.flag("no_show_tables") else frames.FLAG_TABLES
         if not values.flag("no_table_meta"):
             self.flags |= frames.FLAG_TABLE_META
-        self._source = Source(values.text("c"), values.rest)
+        self._source = self._open(values)
         self._environ = _environ(values.texts("env"))
         if not values.flag("vm") and "--vm" in self._source.args:
             raise UsageError(
@@ -139,9 +139,25 @@ class Run:
 
             self._plan = sharing.Plan(values, self._source.filename)
 
+    def _open(self, values: Values) -> Source:
+        deadline = self._deadline
+        if deadline is None:
+            return Source(values.text("c"), values.rest)
+
+        def alarmed(*_: object) -> None:
+            # A FIFO is opened once somebody writes to it.
+            _check(deadline, "the script did not run")
+
+        _signal.signal(proc.SIGALRM, alarmed)
+        _arm(deadline)
+        try:
+            return Source(values.text("c"), values.rest)
+        finally:
+            _signal.setitimer(ITIMER_REAL, 0)
+
     def start(self) -> Place:
         """Begin to start what the script will run in."""
-        _signal.signal(proc.SIGTERM, _terminated)
+        _signal.signal(proc.SIGTERM, terminated)
         vm = self._place()
         if self._values.flag("debug"):
             _show_command(vm.command)
@@ -262,9 +278,12 @@ class Run:
             self._plan.outputs.close()
 
 
-def _arm(deadline: proc.Deadline, again_s: float = 0.0) -> None:
-    """Have SIGALRM come a little after `deadline`, or earlier if that is far off: `_check` sees to that."""
-    _signal.setitimer(ITIMER_REAL, min(deadline.left(), proc.LONGEST_WAIT_S) + 0.05, again_s)
+def _arm(deadline: proc.Deadline) -> None:
+    """Have SIGALRM come a little after `deadline`, or earlier if that is far off: `_check` sees to that.
+
+    And again: one that comes just before a system call does not end it.
+    """
+    _signal.setitimer(ITIMER_REAL, min(deadline.left(), proc.LONGEST_WAIT_S) + 0.05, NUDGE_S)
 
 
 def _check(deadline: proc.Deadline, hint: str) -> None:
@@ -272,6 +291,8 @@ def _check(deadline: proc.Deadline, hint: str) -> None:
     if deadline.left():
         _arm(deadline)
         return
+    # Once: what is cleaned up on the way must not be interrupted.
+    _signal.setitimer(ITIMER_REAL, 0)
     raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint=hint)
 
 
@@ -305,7 +326,8 @@ def _server(values: Values) -> remote.Server:
     )
 
 
-def _terminated(number: int, _: object) -> None:
+def terminated(number: int, _: object) -> None:
+    """The handler of SIGTERM."""
     # Unwinds to the VM's context manager, as Ctrl+C does; twice must not cut that short.
     _signal.signal(number, proc.SIG_IGN)
     raise SystemExit(128 + number)

@@ -12,7 +12,7 @@ from .. import proc
 from ..errors import DeadlineExceeded, DhgError, HostError, MachineError, OutcomeUnknown, ProtocolError
 from ..wire import client, frames
 from . import host_error, show_error
-from .exec_ import ReaderGone, Run, writer
+from .exec_ import ReaderGone, Run, terminated, writer
 from .options import Values
 
 TYPE_CHECKING = False
@@ -58,6 +58,7 @@ def main(values: Values) -> int:
     began = time.monotonic()
     out, err = Kept("stdout"), Kept("stderr")
     report = _blank()
+    _signal.signal(proc.SIGTERM, terminated)
     try:
         try:
             _run(values, report, out, err)
