@@ -61,6 +61,12 @@ def test_numbers(text: str) -> None:
         positive_integer("--rows", text)
 
 
+def test_a_number_of_very_many_digits() -> None:
+    assert positive_integer("--rows", "9" * 100) == 10**100 - 1
+    with pytest.raises(UsageError, match="--rows takes a whole number above 0"):
+        positive_integer("--rows", "9" * 5000)
+
+
 @pytest.mark.parametrize(("text", "size"), [("2G", 2048), ("1536M", 1536), ("512", 512), ("2g", 2048)])
 def test_sizes(text: str, size: int) -> None:
     assert config.parse_size_mib(text) == size

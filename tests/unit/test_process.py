@@ -399,3 +399,15 @@ def run(self, request, **options):
         os.close(write)
         assert process.stdout is not None
         assert process.stdout.read() == b"1"
+
+
+def test_more_rows_than_there_can_be() -> None:
+    body = """
+def run(self, request, **options):
+    client.encode(request, end_mark=bytes(16))
+    return result()
+"""
+    for rows, code in (("9" * 30, 0), ("9" * 5000, 2)):
+        done = run_exec(body, "--rows", rows, "-c", "1")
+        assert done.returncode == code
+        assert b"Traceback" not in done.stderr

@@ -414,3 +414,50 @@ def test_vm_after_the_script_is_no_silent_run_on_the_host(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"put --vm before" in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def _below(shell: str, *argv: str) -> Completed:
+    """A command whose caller, a shell, does something before and with its descriptors; `"$@"` is the command."""
+    return subprocess.run(
+        ["/bin/sh", "-c", shell, "sh", *argv],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+def test_a_caller_that_ignores_sigchld(mode: list[str]) -> None:
+    ok(_below("trap '' CHLD; exec \"$@\"", DHG, "exec", *mode, "-c", "print('x')"), "x\n")
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "2>&-", "0<&- 2>&-"])
+def test_standard_descriptors_that_are_closed(mode: list[str], closed: str) -> None:
+    code = "import sys; print(repr(sys.stdin.read())); print('y', file=sys.stderr)"
+    done = _below(f'exec "$@" {closed}', DHG, "exec", *mode, "-c", code)
+    ok(done, "''\n")
+    assert done.stderr == (b"" if "2>&-" in closed else b"y\n")
+
+
+def test_a_timeout_of_months(run: Exec) -> None:
+    ok(run("--timeout", "9999999", "-c", "print('x')"), "x\n")
+    ok(run("--timeout", "1e12", "-c", "print('x')"), "x\n")
+
+
+def test_an_empty_value_is_no_silent_default(run: Exec) -> None:
+    done = run("--timeout", "", "-c", "print('x')")
+    assert (done.stdout, done.returncode) == (b"", 2)
+    assert b"error: --timeout needs a value that is not empty" in done.stderr
+
+
+def test_output_goes_on_where_stdout_does_not_block(mode: list[str]) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    argv = [DHG, "exec", *mode, "-c", "import sys; sys.stdout.write('z' * 1_000_000)"]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=write) as process:
+        os.close(write)
+        with open(read, "rb") as file:
+            first = file.read(1)
+            time.sleep(1.0)
+            assert first + file.read() == b"z" * 1_000_000
+        assert process.wait(DEADLINE_S) == 0

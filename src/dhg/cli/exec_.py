@@ -68,6 +68,9 @@ Exit codes: the script's own; 1 it raised, 2 usage or host problem, 3 timeout, 4
 #: What is shared unless the options say more: the working directory, read-only.
 WORKSPACE = ((".", "r"),)
 
+#: As many as an array of Java's holds. Who asks for more rows wants all of them.
+MAX_ROWS = (1 << 31) - 1
+
 #: How long a script that was interrupted may take to wind up, and how often it is told meanwhile: a signal that comes just
 #: before Python enters a system call does not end that call, and under emulation "just before" is a millisecond.
 GRACE_S = 2.0
@@ -120,7 +123,7 @@ class Run:
         timeout = values.text("timeout")
         self._deadline = proc.Deadline(positive_number("--timeout", timeout)) if timeout else None
         rows = values.text("rows")
-        self.rows = positive_integer("--rows", rows) if rows else 10
+        self.rows = min(positive_integer("--rows", rows), MAX_ROWS) if rows else 10
         self.flags = 0 if values.flag("no_show_tables") else frames.FLAG_TABLES
         if not values.flag("no_table_meta"):
             self.flags |= frames.FLAG_TABLE_META

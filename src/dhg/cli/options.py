@@ -119,6 +119,8 @@ def positive_number(name: str, text: str) -> float:
 
 def positive_integer(name: str, text: str) -> int:
     """A whole number above zero. Raises `UsageError`."""
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
+    # Not more digits than Python is willing to convert.
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 1000 else 0
+    if number == 0:
         raise UsageError(f"{name} takes a whole number above 0, not {text!r}")
-    return int(text)
+    return number

@@ -159,8 +159,8 @@ def _tables(result: client.Result) -> list[dict[str, Any]]:
     """The tables that came with a result. Raises `ProtocolError` for what cannot be part of a report."""
     try:
         tables = [json.loads(text) for text in result.texts(frames.F_TABLE)]
-        # Reads more than it writes: NaN, numbers too large for a float.
-        json.dumps(tables, allow_nan=False)
+        # It reads more than it writes: NaN, numbers too large for a float, and as deep as it reads; in the report they lie deeper.
+        json.dumps([[[[tables]]]], allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the script's tables came as no valid JSON: {error}") from None
     if not all(isinstance(table, dict) for table in tables):
