@@ -26,6 +26,7 @@ SOURCES = (
     "wire/frames.py",
     "guest/__init__.py",
     "guest/script.py",
+    "guest/stdio.py",
     "guest/preview.py",
     "guest/exchange.py",
     "guest/remote.py",

@@ -104,14 +104,14 @@ def main() -> None:
     if BOOT:
         control = channels.prepare()
         runner.log(control, "warm-up")
-    guest.stdin = runner.attach_ports(False)
+    guest.stdin, guest.ends = runner.attach_ports(False)
     script.settle()
     sys.path[0] = ""
     if BOOT:
         bytecode = importlib.util.MAGIC_NUMBER.hex()
         versions = {"python": sys.version.split()[0], "deephaven": "stand-in", "bytecode": bytecode}
         stdio.write_all(control, runner.hello(versions))
-    channels.stdin, guest.meet = guest.stdin, channels.meet
+    channels.stdin, channels.ends, guest.meet = guest.stdin, guest.ends, channels.meet
     guest.use(channels.meet(-1))
     guest.serve()
     threading.Event().wait()

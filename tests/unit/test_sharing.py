@@ -57,7 +57,7 @@ def test_shares_and_where_the_script_is(tmp_path: Path, monkeypatch: pytest.Monk
     assert found.mounts == ("/lib2", "/x")
     # The innermost share that holds it.
     assert (found.file, found.folder) == ("/x/s.py", "/x")
-    assert found.flags == 0
+    assert found.flags == frames.FLAG_WRITABLE
     for filename, file, folder in (
         ("sub/s.py", "/workspace/sub/s.py", "/workspace/sub"),
         ("link.py", "/workspace/link.py", "/workspace/sub"),

@@ -6,11 +6,12 @@ Guest code: standard library and Deephaven only.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from ..wire import frames
-from . import preview, script
+from . import preview, script, stdio
 
 
 class Request:
@@ -88,12 +89,23 @@ def set_environ(request: Request) -> None:
     for item in request.environ:
         name, _, value = item.partition("=")
         os.environ[name] = value
+        if name == "TZ":
+            # The C library has looked at it long since.
+            time.tzset()
 
 
 def show_tables(
-    request: Request, outcome: script.Outcome, finder: preview.Finder | None, names: dict[str, Any], out: Any
+    request: Request,
+    outcome: script.Outcome,
+    finder: preview.Finder | None,
+    names: dict[str, Any],
+    out: Any,
+    fd: int = -1,
 ) -> list[str]:
-    """Write the previews of the tables in `names` to `out`; or, where the request wants data, return them as JSON texts."""
+    """Write the previews of the tables in `names` to `out`; or, where the request wants data, return them as JSON texts.
+
+    `fd` is where `out` leads to, for a script that has closed it.
+    """
     tables: list[str] = []
     if request.flags & frames.FLAG_TABLES and not outcome.raised and finder is not None:
         meta, as_json = request.flags & frames.FLAG_TABLE_META != 0, request.flags & frames.FLAG_JSON != 0
@@ -103,8 +115,12 @@ def show_tables(
                 if data is not None:
                     tables.append(data)
                 elif not as_json:
-                    out.write(text)
-            out.flush()
+                    try:
+                        out.write(text)
+                    except (ValueError, OSError):
+                        if fd >= 0:
+                            stdio.write_all(fd, text.encode("utf-8", "backslashreplace"))
+            script.quietly(out.flush)
     return tables
 
 
@@ -112,15 +128,20 @@ def result(outcome: script.Outcome, tables: list[str], times: tuple[int, int, in
     """The RESULT frame; `times` are those of its head. Tables that do not fit are left out."""
     payload = frames.RESULT_HEAD.pack(outcome.exit_code, times[0], times[1], times[2])
     if outcome.result_repr is not None:
-        payload += frames.field(frames.F_REPR, outcome.result_repr)
+        payload += frames.field(frames.F_REPR, _octets(outcome.result_repr))
     if outcome.error is not None:
         for key, text in zip(
             (frames.F_ERROR_TYPE, frames.F_ERROR_MESSAGE, frames.F_ERROR_TRACEBACK), outcome.error, strict=True
         ):
-            payload += frames.field(key, text)
+            payload += frames.field(key, _octets(text))
     if outcome.output_error is not None:
-        payload += frames.field(frames.F_OUTPUT_ERROR, outcome.output_error)
+        payload += frames.field(frames.F_OUTPUT_ERROR, _octets(outcome.output_error))
     for table in tables:
         if len(payload) + len(table) < frames.MAX_PAYLOAD // 4:
             payload += frames.field(frames.F_TABLE, table)
     return frames.frame(frames.RESULT, payload)
+
+
+def _octets(text: str) -> bytes:
+    # Of the script's: it may have any surrogates.
+    return text.encode("utf-8", "backslashreplace")

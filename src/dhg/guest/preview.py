@@ -197,8 +197,11 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if value - value == 0.0 else (None if value != value else str(value))
-    if hasattr(value, "item"):
-        return _plain(value.item())
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if hasattr(value, "tolist"):
+        # A NumPy scalar, or the array of an array column.
+        return _plain(value.tolist())
     return str(value)
 
 

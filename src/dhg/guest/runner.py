@@ -12,6 +12,7 @@ and filled after it, no keyword arguments, and no loops over what is mostly empt
 from __future__ import annotations
 
 import _socket
+import builtins
 import fcntl
 import gc
 import importlib.util
@@ -91,6 +92,8 @@ class Runner:
         self.jvm: reseed.Jvm | None = None
         #: The channel of the script's stdin; /dev/null takes its place where the request brings none.
         self.stdin = 0
+        #: The channels of the script's stdout and stderr, whatever it does to 1 and 2.
+        self.ends = (1, 2)
         if clone:
             self._urandom = os.open("/dev/urandom", os.O_RDWR)
             self._machine_id = memoryview(map_machine_id())[:32]
@@ -102,10 +105,11 @@ class Runner:
         """Give the script a `__main__` of its own, as the interpreter makes it."""
         module = types.ModuleType("__main__")
         self.names = vars(module)
-        self.names.update(__builtins__=__builtins__, __annotations__={})
+        self.names.update(__builtins__=builtins, __annotations__={})
         sys.modules["__main__"] = module
         self._request = exchange.Request()
         self._script = script.Script(b"", "", (), self.names)
+        self._names_before = len(self.names)
 
     def wake(self, request: exchange.Request) -> None:
         """Make this clone true and unlike every other: clock, kernel RNG, names, the PRNGs of Python, NumPy, the JVM."""
@@ -183,9 +187,13 @@ class Runner:
         ready.file = request.file
         ready.code = request.code
         outcome = ready.run()
-        tables = exchange.show_tables(request, outcome, self.finder, self.names, out)
+        tables = exchange.show_tables(request, outcome, self.finder, self.names, out, self.ends[0])
         if request.outputs and outcome.exit_code == 0:
             outcome.output_error = outputs.write(self.names, request.outputs)
+        # Files of the VM's own go with it. Most scripts leave no name behind.
+        files = not self.clone or request.flags & frames.FLAG_WRITABLE != 0
+        if ready.last and (files or len(self.names) > self._names_before + (ready.filename[:1] != "<")):
+            ready.finish(files=files)
         return outcome, tables
 
     def rehearse(self) -> None:
@@ -246,11 +254,16 @@ class Runner:
                 return
         self.watch_for_interrupt()
         released = time.monotonic_ns()
-        outcome, tables = self.run(request)
+        self._script.last = True
+        try:
+            outcome, tables = self.run(request)
+        except BaseException as error:
+            # Ctrl+C while its tables are shown, or something that nobody has thought of: it has run, and there is a report.
+            outcome, tables = self._script.failed(error), []
         # A second Ctrl+C must not cut the report short.
         _set_handler(SIGIO, SIG_IGN)
-        stdio.write_all(1, request.end_mark)
-        stdio.write_all(2, request.end_mark)
+        stdio.write_all(self.ends[0], request.end_mark)
+        stdio.write_all(self.ends[1], request.end_mark)
         done = time.monotonic_ns()
         times = (woken - request.base_ns if request.base_ns else 0, released - woken, done - released)
         stdio.write_all(self.control, exchange.result(outcome, tables, times))
@@ -292,10 +305,10 @@ def vsock_channels() -> vsock.Channels | None:
     return vsock.Channels(vsock.keep(), hello({}))
 
 
-def attach_ports(there: bool) -> int:
+def attach_ports(there: bool) -> tuple[int, tuple[int, int]]:
     """Make the script's streams: over the ports that `init` has linked, or where the channels come later over nothing.
 
-    The descriptor of what is to be its stdin.
+    What `stdio.attach` returns.
     """
     names = [f"{RUN_DIR}/{name}" if there else "/dev/null" for name in ("stdin", "stdout", "stderr")]
     return stdio.attach(
@@ -317,7 +330,7 @@ def main_vm() -> None:
     # By which a host whose Python has the same may send code, see compiler.py there.
     versions["bytecode"] = importlib.util.MAGIC_NUMBER.hex()
     log(control, "rehearsal")
-    runner.stdin = attach_ports(channels is None)
+    runner.stdin, runner.ends = attach_ports(channels is None)
     runner.prepare_interrupt()
     script.settle()
     # What Python has first for -c and -: the working directory, which is /workspace (see `init`).
@@ -350,7 +363,7 @@ def main_vm() -> None:
     stdio.write_all(control, greeting)
     if channels is not None:
         # Frozen in there. The connection of the preparing host is left open: closing it would make the VM busy just now.
-        channels.stdin, runner.meet = runner.stdin, channels.meet
+        channels.stdin, channels.ends, runner.meet = runner.stdin, runner.ends, channels.meet
         runner.use(channels.meet(-1))
     runner.serve()
     # The host kills the VM as soon as it has the result; whatever the script left running may go on until then.
@@ -376,9 +389,10 @@ def main_embedded(control: int, stdin: int, stdout: int, stderr: int) -> None:
     runner.own_main()
     versions = jvm.start_server(lambda text: log(control, text), jvm.JVM_ARGS, image=False)
     runner.finder = preview.Finder()
-    runner.stdin = stdio.attach(stdin, stdout, stderr)
+    runner.stdin, runner.ends = stdio.attach(stdin, stdout, stderr)
     runner.prepare_interrupt()
     script.settle()
+    gc.freeze()
     stdio.write_all(control, hello(versions))
     runner.serve()
     # Past the JVM's and the server's own exit handlers: nothing of theirs is needed any more, and some take seconds.

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import gc
+import io
 import linecache
+import logging
 import marshal
+import mmap
 import os
 import signal
 import sys
 import threading
 import traceback
 import types
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +69,8 @@ class Script:
         self.args = args
         self.names = names
         self.file = file
+        #: Whether nothing runs after it in this interpreter, which may then be wound up as if it ended.
+        self.last = False
         self.outcome = Outcome()
 
     def run(self, *, end: bool = True) -> Outcome:
@@ -79,11 +86,33 @@ class Script:
         if end:
             self._guard(self._wind_up)
         _flush_stdout()
-        try:
-            sys.stderr.flush()
-        except (AttributeError, OSError, ValueError):
-            pass
+        _flush_stderr()
+        if _forked:
+            # A copy that the script has made of this process, and that has come to its end: the report is the original's.
+            os._exit(self.outcome.exit_code)
         return self.outcome
+
+    def finish(self, *, files: bool) -> None:
+        """What the interpreter does when its objects go: finalizers, and with `files` whatever has not been written of open files.
+
+        The objects stay: threads of the script's and the JVM's may be at work with them.
+        """
+        for value in list(self.names.values()):
+            if isinstance(getattr(type(value), "__del__", None), types.FunctionType):
+                quietly(value.__del__)
+        if files:
+            # What was there before the script is frozen or, in a process of the host's, of no consequence. The youngest first: a file
+            # that has its data from another one is younger.
+            for generation in range(3):
+                for each in reversed(gc.get_objects(generation)):
+                    kind = type(each)
+                    if issubclass(kind, _WRITERS):
+                        quietly(each.flush)
+                    elif issubclass(kind, io.BufferedIOBase) and kind.__module__ != "_io":
+                        # A compressed file, say, which is complete with its last bytes only.
+                        quietly(each.close)
+        _flush_stdout()
+        _flush_stderr()
 
     def _execute(self) -> None:
         if self.code:
@@ -105,11 +134,18 @@ class Script:
     def _wind_up(self) -> None:
         # As the interpreter does at its end: first the threads, then the exit handlers.
         if _thread._count() != _threads_before:
-            current = threading.current_thread()
-            for thread in threading.enumerate():
-                if thread is not current and not thread.daemon and thread not in _OURS:
+            if self.last:
+                # Executors end their threads by this, and take no more work for good.
+                for call in reversed(threading._threading_atexits):  # type: ignore[attr-defined]
+                    call()
+            # A thread may have started others meanwhile.
+            while threads := _threads():
+                for thread in threads:
                     thread.join()
         atexit._run_exitfuncs()
+        if self.last and len(logging._handlerList) > _handlers_before:  # type: ignore[attr-defined]
+            # Its exit handler was among those of the server.
+            logging.shutdown()
 
     def _guard(self, step: Any) -> None:
         # Two frames of ours lie above the user's: this one and that of the step.
@@ -127,9 +163,18 @@ class Script:
         elif isinstance(code, int):
             self.outcome.exit_code = code & 0xFF
         else:
-            _flush_stdout()
-            print(code, file=sys.stderr)
             self.outcome.exit_code = 1
+            _flush_stdout()
+            try:
+                print(code, file=sys.stderr)
+            except Exception:
+                # Closed, say.
+                os.write(2, f"{code}\n".encode("utf-8", "backslashreplace"))
+
+    def failed(self, error: BaseException) -> Outcome:
+        """How it ended, where something went wrong after it."""
+        self._failed(error)
+        return self.outcome
 
     def _failed(self, error: BaseException) -> None:
         self.outcome.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -163,22 +208,67 @@ class Script:
 #: Threads that were there before the script.
 _OURS: set[threading.Thread] = set()
 _threads_before = -1
+_handlers_before = 0
+#: The streams that the script finds. It may put its own in their place, above these or not.
+_STREAMS: tuple[Any, Any] = (None, None)
+#: Whether this process is a copy that a script has made by `os.fork`.
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
 
 
 def settle() -> None:
-    """Call once, when everything that is not the script's is up: what is there now is not waited for and not run again."""
-    global _threads_before
+    """Call when everything that is not the script's is up: what is there now is not waited for and not run again."""
+    global _threads_before, _handlers_before, _STREAMS
+    if _threads_before < 0:
+        os.register_at_fork(after_in_child=_note_fork)
     _OURS.update(threading.enumerate())
     _threads_before = _thread._count()
+    _handlers_before = len(logging._handlerList)  # type: ignore[attr-defined]
+    _STREAMS = sys.stdout, sys.stderr
     atexit._clear()
+    # The first finalizer of the script's registers with `atexit` again, for all there are.
+    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
+        finalizer.atexit = False
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _threads() -> list[threading.Thread]:
+    """The threads to be waited for."""
+    current = threading.current_thread()
+    return [each for each in threading.enumerate() if each is not current and not each.daemon and each not in _OURS]
+
+
 def _flush_stdout() -> None:
     try:
-        sys.stdout.flush()
-    except (AttributeError, OSError, ValueError):
+        stream = sys.stdout
+        stream.flush()
+    except Exception:
+        stream = None
+    if stream is not _STREAMS[0] and _STREAMS[0] is not None:
+        quietly(_STREAMS[0].flush)
+
+
+def _flush_stderr() -> None:
+    try:
+        stream = sys.stderr
+        stream.flush()
+    except Exception:
+        stream = None
+    if stream is not _STREAMS[1] and _STREAMS[1] is not None:
+        quietly(_STREAMS[1].flush)
+
+
+def quietly(step: Any) -> None:
+    """Take a step that may fail."""
+    try:
+        step()
+    except Exception:
         pass
 
 
@@ -199,5 +289,8 @@ def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | No
 def _ours(entry: types.TracebackType) -> bool:
     return entry.tb_frame.f_code.co_filename.startswith(_FOLDER)
 
+
+#: What has bytes that are not yet where they are to be.
+_WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom, mmap.mmap)
 
 _FOLDER = os.path.dirname(os.path.dirname(__file__)) + "/"

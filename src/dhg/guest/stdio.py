@@ -56,7 +56,7 @@ class Flusher:
             try:
                 self._serve()
             except (OSError, ValueError):
-                return  # the script has closed its stdout
+                pass  # the script has closed its stdout; the thread stays, see script.py, which counts them
 
     def _serve(self) -> None:
         self._stream.reconfigure(line_buffering=False)
@@ -71,12 +71,14 @@ class Flusher:
         self._bell.acquire(blocking=False)
 
 
-def attach(stdin: int, stdout: int, stderr: int) -> int:
+def attach(stdin: int, stdout: int, stderr: int) -> tuple[int, tuple[int, int]]:
     """Put the channels on descriptors 1 and 2 (of Python, the JVM and every child) and make the three streams anew.
 
-    Descriptor 0 is /dev/null until there is input: what is returned is to be put there by dup2 then.
+    Descriptor 0 is /dev/null until there is input: what is returned first is to be put there by dup2 then. The others are stdout and
+    stderr once more, for what is ours to say there: the script may redirect or close its own.
     """
     null = os.open("/dev/null", os.O_RDONLY)
+    ends = os.dup(stdout), os.dup(stderr)
     for ours, fd in ((null, 0), (stdout, 1), (stderr, 2)):
         os.dup2(ours, fd, inheritable=True)
         os.close(ours)
@@ -85,7 +87,7 @@ def attach(stdin: int, stdout: int, stderr: int) -> int:
     vars(sys).update(stdin=_reader(), stdout=out, stderr=err)
     vars(sys).update(__stdin__=sys.stdin, __stdout__=out, __stderr__=err)
     Flusher(out)
-    return stdin
+    return stdin, ends
 
 
 def _buffer(fd: int) -> io.BufferedWriter:

@@ -95,6 +95,8 @@ class Channels:
         self._keeper = keeper
         #: The descriptor that becomes the channel of the script's stdin.
         self.stdin = 0
+        #: Those that are stdout and stderr once more, see stdio.attach.
+        self.ends = (1, 2)
         #: What is written to control when all connections are there.
         self.greeting = greeting
 
@@ -126,6 +128,8 @@ class Channels:
                     os.close(fd)
                     found[name] = accept_try(self._listeners[name])
         fds = {name: fd for name, (fd, _) in found.items()}
+        for name, fd in zip(("stdout", "stderr"), self.ends, strict=True):
+            os.dup2(fds[name], fd, inheritable=fd < 3)
         for name, fd in (("stdin", self.stdin), ("stdout", 1), ("stderr", 2)):
             os.dup2(fds[name], fd, inheritable=fd < 3)
             os.close(fds[name])

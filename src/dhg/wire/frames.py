@@ -97,6 +97,9 @@ FLAG_TABLES = 2  # show the tables that the script leaves
 FLAG_TABLE_META = 4  # with their columns
 FLAG_JSON = 8  # as data in RESULT instead of text on stdout
 FLAG_NO_WORKSPACE = 16  # take /workspace away
+FLAG_WRITABLE = (
+    32  # some of the host's files may be written: those that the script leaves open are to be complete at its end
+)
 
 # Field of DIED.
 F_EXIT = 32
