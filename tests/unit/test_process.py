@@ -127,8 +127,8 @@ def run(self, request, **options):
     for timeout in ("9999999", "1e12", "1e308"):
         done = run_exec(body, "--timeout", timeout, "-c", "1")
         assert (done.stdout, done.stderr, done.returncode) == (b"done\n", b"", 0)
-    done = run_exec(body.replace("0.5", "60"), "--timeout", "1", "-c", "1")
-    expected = b"error: timed out after 1 s\nhint: the script was running\n"
+    done = run_exec(body.replace("0.5", "60"), "--timeout", "3", "-c", "1")
+    expected = b"error: timed out after 3 s\nhint: the script was running\n"
     assert (done.stdout, done.stderr, done.returncode) == (b"", expected, 3)
 
 
@@ -372,13 +372,13 @@ def run(self, request, **options):
 """
     read, write = os.pipe()
     os.set_blocking(write, False)
-    argv = [sys.executable, "-c", EXEC % body, "exec", "--timeout", "1", "-c", "1"]
+    argv = [sys.executable, "-c", EXEC % body, "exec", "--timeout", "3", "-c", "1"]
     with subprocess.Popen(
         argv, env={**os.environ, "PYTHONPATH": SRC}, stdin=subprocess.DEVNULL, stdout=write, stderr=subprocess.PIPE
     ) as process:
         assert process.wait(60) == 3
         assert process.stderr is not None
-        assert process.stderr.read() == b"error: timed out after 1 s\nhint: the script was running\n"
+        assert process.stderr.read() == b"error: timed out after 3 s\nhint: the script was running\n"
     os.close(read)
     os.close(write)
 
