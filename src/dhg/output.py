@@ -42,7 +42,8 @@ class Output:
         self.path = path
         #: The directory that is written to; "" before `open`.
         self.folder = ""
-        self._folder = self._parent = self._written = -1
+        #: And its descriptor.
+        self.fd = self._parent = self._written = -1
 
     @property
     def file(self) -> str:
@@ -56,17 +57,17 @@ class Output:
         folder = f".{name[:100]}.dhg-{os.urandom(6).hex()}"
         os.mkdir(folder, 0o700, dir_fd=self._parent)
         self.folder = f"{parent}/{folder}"
-        self._folder = os.open(folder, _FOLDER, dir_fd=self._parent)
+        self.fd = os.open(folder, _FOLDER, dir_fd=self._parent)
         # Not ours: it would be emptied.
-        if os.listdir(self._folder):
-            os.close(self._folder)
-            self._folder = -1
+        if os.listdir(self.fd):
+            os.close(self.fd)
+            self.fd = -1
             raise FileExistsError(EEXIST, "somebody put another directory in place of ours")
 
     def check(self, mask: int) -> None:
         """Look at the file that was written, give it the mode that it is to have, and sync it. Raises `DhgError`, `OSError`."""
         # Without opening what may be a pipe or a device, and whatever its mode.
-        found = os.open(self.file, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder)
+        found = os.open(self.file, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
         try:
             status = os.fstat(found)
             # One that has another name, too, may be a file of the host's, whose mode is not ours to change.
@@ -84,10 +85,10 @@ class Output:
     def put(self) -> None:
         """Rename the file that was checked into place. Raises `DhgError`, `OSError`."""
         name = os.path.basename(self.target)
-        found = self._status(self.file, self._folder)
+        found = self._status(self.file, self.fd)
         if found is None or not os.path.samestat(found, os.fstat(self._written)):
             raise DhgError(f"--output {self.path}: what was written was replaced meanwhile")
-        os.rename(self.file, name, src_dir_fd=self._folder, dst_dir_fd=self._parent)
+        os.rename(self.file, name, src_dir_fd=self.fd, dst_dir_fd=self._parent)
         # Between the look and the rename there is a moment. Another file is just other content, as the script could have
         # written it; a symlink would lead whoever reads FILE to what the script itself cannot read.
         found = self._status(name, self._parent)
@@ -105,17 +106,17 @@ class Output:
 
     def close(self) -> None:
         """Remove the directory, if there is one."""
-        if self._folder >= 0:
-            remove_open(self._folder, self._parent, os.path.basename(self.folder), timeout_s=REMOVE_S)
+        if self.fd >= 0:
+            remove_open(self.fd, self._parent, os.path.basename(self.folder), timeout_s=REMOVE_S)
         elif self.folder:
             try:
                 os.rmdir(os.path.basename(self.folder), dir_fd=self._parent)
             except OSError:
                 pass
-        for fd in (self._folder, self._parent, self._written):
+        for fd in (self.fd, self._parent, self._written):
             if fd >= 0:
                 os.close(fd)
-        self.folder, self._folder, self._parent, self._written = "", -1, -1, -1
+        self.folder, self.fd, self._parent, self._written = "", -1, -1, -1
 
 
 class Outputs:

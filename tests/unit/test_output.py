@@ -328,7 +328,7 @@ def test_outputs_beside_who_renames_at_the_same_time(place: Place) -> None:
                 with Outputs([f"t={place.work}/t.csv"]) as outputs:
                     try:
                         outputs.open()
-                        fd = outputs.all[0]._folder
+                        fd = outputs.all[0].fd
                         os.mkdir("sub", dir_fd=fd)
                         with open(os.open("t.csv", os.O_WRONLY | os.O_CREAT, dir_fd=fd), "w") as file:
                             file.write("new")

@@ -100,7 +100,8 @@ class Plan:
         self.outputs.open()
         for one in self.outputs.all:
             place = f"{SHARES}/{len(self.shares)}" if in_vm else one.folder
-            self.shares += ((one.folder, TEMPORARY),)
+            # Not by its name, which by now may be another's.
+            self.shares += ((f"/proc/self/fd/{one.fd}", TEMPORARY),)
             items.append(f"{one.name}\0{one.format}\0{place}/{one.file}\0")
         return tuple(items)
 
