@@ -178,6 +178,9 @@ def test_ends_that_cannot_be_said_as_they_are(run: Exec) -> None:
     assert (found["outcome"], found["error"]["type"]) == ("failed", "ValueError")
     done = run("-c", "import sys; sys.stderr.close(); sys.exit('message')")
     assert (done.returncode, done.stderr) == (1, b"message\n")
+    for end in ("sys.exit('message')", "raise ValueError"):
+        done = run("-c", f"import os, sys; print('out'); sys.stderr.close(); os.close(2); {end}")
+        assert (done.returncode, done.stdout, done.stderr) == (1, b"out\n", b"")
 
 
 def test_json_has_array_columns(run: Exec) -> None:

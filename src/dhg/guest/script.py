@@ -169,7 +169,7 @@ class Script:
                 print(code, file=sys.stderr)
             except Exception:
                 # Closed, say.
-                os.write(2, f"{code}\n".encode("utf-8", "backslashreplace"))
+                _say(f"{code}\n")
 
     def failed(self, error: BaseException) -> Outcome:
         """How it ended, where something went wrong after it."""
@@ -202,7 +202,7 @@ class Script:
             else:
                 sys.stderr.write(text)
         except BaseException:
-            os.write(2, text.encode("utf-8", "backslashreplace"))
+            _say(text)
 
 
 #: Threads that were there before the script.
@@ -262,6 +262,14 @@ def _flush_stderr() -> None:
         stream = None
     if stream is not _STREAMS[1] and _STREAMS[1] is not None:
         quietly(_STREAMS[1].flush)
+
+
+def _say(text: str) -> None:
+    """Write to the script's stderr where `sys.stderr` does not take it."""
+    try:
+        os.write(2, text.encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass
 
 
 def quietly(step: Any) -> None:
