@@ -75,12 +75,16 @@ def share(number: int, fd: int, *, writable: bool) -> Share:
 
 
 def remove(fd: int) -> None:
-    """Remove an open directory by the name that it has now."""
-    from ..files import remove_tree
+    """Remove an open directory by the name that it has now, if it still has it by then."""
+    from ..files import remove_open
 
-    path, found = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
+    parent, name = os.path.split(os.readlink(f"/proc/self/fd/{fd}"))
     try:
-        if os.path.samestat(os.lstat(path), found):
-            remove_tree(path)
+        # Its guest may have taken our own right to look into it.
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        above = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        top = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
     except OSError:
-        pass
+        return
+    # This process ends now, and closes both.
+    remove_open(top, above, name)
