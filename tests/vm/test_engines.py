@@ -103,7 +103,7 @@ def test_a_snapshot_made_by_the_stand_in(tmp_path: Path, monkeypatch: pytest.Mon
     home.mkdir()
     os.symlink(config.cache_dir(), home / "cache")
     monkeypatch.setenv("DHG_HOME", str(home))
-    monkeypatch.setattr(engines, "require_kvm", lambda base: "taken on trust")
+    monkeypatch.setattr(engines, "require_kvm", lambda base, *, insist: "taken on trust")
     # There is no Deephaven in the stand-in's guest.
     monkeypatch.setattr(build, "TYPICAL", b"print(6 * 7)")
     program = stand_in(tmp_path)

@@ -57,7 +57,8 @@ VERIFY = [
 ]
 
 CLEAN = [
-    Option("--version", "V", "the snapshots of this version only"),
+    # An empty one is no version like any other.
+    Option("--version", "V", "the snapshots of this version only", empty=True),
     Option("--all", None, "every snapshot, the caches of the build stages, and what is known of KVM here"),
     _DEBUG,
     _HELP,
