@@ -142,7 +142,7 @@ def _home() -> Finding:
         return Finding(
             "home",
             "note",
-            f"{home}: {free >> 20} MiB free; the first prepare needs 5 GiB",
+            f"{home}: {free >> 20} MiB free; the first prepare needs 6,400 MiB",
             "free some, or set DHG_HOME",
         )
     return Finding("home", "ok", f"{home}: {free >> 30} GiB free")

@@ -2,7 +2,7 @@
 
 The server needs nothing of ours: the runner's sources travel with the script, and what it reports comes back as a table of three
 texts that is dropped at once. Output comes at the end, there is no stdin, and the server's process goes on whatever
-the script did; docs/design.md has the differences.
+the script did; README.md has the differences.
 """
 
 from __future__ import annotations
