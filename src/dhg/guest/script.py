@@ -85,8 +85,7 @@ class Script:
         self._guard(self._execute)
         if end:
             self._guard(self._wind_up)
-        _flush_stdout()
-        _flush_stderr()
+        _flush_both()
         if _forked:
             # A copy that the script has made of this process, and that has come to its end: the report is the original's.
             os._exit(self.outcome.exit_code)
@@ -111,8 +110,7 @@ class Script:
                     elif issubclass(kind, io.BufferedIOBase) and kind.__module__ != "_io":
                         # A compressed file, say, which is complete with its last bytes only.
                         quietly(each.close)
-        _flush_stdout()
-        _flush_stderr()
+        _flush_both()
 
     def _execute(self) -> None:
         if self.code:
@@ -244,24 +242,24 @@ def _threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each is not current and not each.daemon and each not in _OURS]
 
 
+def _flush(name: str, ours: Any) -> None:
+    """Flush stdout or stderr: what the script has there, and the stream that it found."""
+    try:
+        stream = getattr(sys, name)
+        stream.flush()
+    except Exception:
+        stream = None
+    if stream is not ours and ours is not None:
+        quietly(ours.flush)
+
+
 def _flush_stdout() -> None:
-    try:
-        stream = sys.stdout
-        stream.flush()
-    except Exception:
-        stream = None
-    if stream is not _STREAMS[0] and _STREAMS[0] is not None:
-        quietly(_STREAMS[0].flush)
+    _flush("stdout", _STREAMS[0])
 
 
-def _flush_stderr() -> None:
-    try:
-        stream = sys.stderr
-        stream.flush()
-    except Exception:
-        stream = None
-    if stream is not _STREAMS[1] and _STREAMS[1] is not None:
-        quietly(_STREAMS[1].flush)
+def _flush_both() -> None:
+    _flush("stdout", _STREAMS[0])
+    _flush("stderr", _STREAMS[1])
 
 
 def _say(text: str) -> None:
