@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from . import config, proc
 from .engine import probe
 from .errors import DhgError, SnapshotMissing
+from .image import build
 from .snapshot import inventory, store
 
 
@@ -138,13 +139,10 @@ def _home() -> Finding:
         text = f"{home} cannot be written; `dhg vm prepare` and QEMU need that"
         return Finding("home", "bad", text, "set DHG_HOME to a directory that can")
     free = shutil.disk_usage(place).free
-    if free < 1 << 30:
-        return Finding(
-            "home",
-            "note",
-            f"{home}: {free >> 20} MiB free; the first prepare needs 6,400 MiB",
-            "free some, or set DHG_HOME",
-        )
+    needed_mib = build.room_mib(config.DEFAULT_DEEPHAVEN, config.DEFAULT_MEMORY_MIB)
+    if free >> 20 < needed_mib:
+        text = f"{home}: {free >> 20} MiB free; `dhg vm prepare` takes {needed_mib}"
+        return Finding("home", "note", text, "free some, or set DHG_HOME")
     return Finding("home", "ok", f"{home}: {free >> 30} GiB free")
 
 

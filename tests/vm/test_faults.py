@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -275,6 +276,10 @@ def test_a_full_disk_and_a_read_only_home(dhg: Dhg, tmp_path: Path) -> None:
         done = dhg("vm", "prepare", env={"DHG_HOME": str(place / "home")})
         assert done.returncode == 2
         assert b"MiB free" in done.stderr
+        found = json.loads(dhg("doctor", "--json", env={"DHG_HOME": str(place / "home")}).stdout)["findings"]
+        (home,) = [item for item in found if item["name"] == "home"]
+        assert home["level"] == "note"
+        assert home["text"].split()[-1] == re.findall(r"takes (\d+)", done.stderr.decode())[0]
         subprocess.run(["mount", "-o", "remount,ro", place], check=True)
         done = dhg("vm", "prepare", env={"DHG_HOME": str(place / "other")})
         assert done.returncode == 2

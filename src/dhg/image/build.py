@@ -233,11 +233,18 @@ def root_image(base: str, version: str, log: str) -> str:
 
 def missing_stages(version: str) -> set[str]:
     """Which of the stages `base` and `image` of a version are not in the cache."""
-    base = f"{config.cache_dir()}/base/{_base_key()}"
-    if not os.path.isdir(base):
-        return {"base", "image"}
-    image = f"{config.cache_dir()}/image/{_image_key(base, version)}"
-    return set() if os.path.isdir(image) else {"image"}
+    needed = needed_stages((version,))
+    return {
+        stage
+        for stage in ("base", "image")
+        if not needed or not all(os.path.isdir(f"{config.cache_dir()}/{stage}/{name}") for name in needed[stage])
+    }
+
+
+def room_mib(version: str, memory_mib: int) -> int:
+    """How much room on the disk a prepare asks for, in MiB: for the stages that are missing, and a snapshot of so much memory."""
+    stages = {"base": 1024, "image": 512 if version == config.BARE else 3072}
+    return memory_mib + 256 + sum(stages[stage] for stage in missing_stages(version))
 
 
 def needed_stages(versions: Iterable[str]) -> dict[str, set[str]]:

@@ -56,8 +56,7 @@ def check_host(version: str, memory_mib: int, engine: str, binary: str | None) -
     engines.version(engine, engines.program(engine, binary))
     root = private_dir(config.home())
     free = shutil.disk_usage(root).free
-    disk_mib = {"base": 1024, "image": 512 if version == config.BARE else 3072}
-    needed_mib = memory_mib + 256 + sum(disk_mib[stage] for stage in to_build)
+    needed_mib = image.room_mib(version, memory_mib)
     if free >> 20 < needed_mib:
         raise HostError(
             f"{free >> 20} MiB free in {root}; this prepare takes {needed_mib}", hint="free some, or set DHG_HOME"
