@@ -10,13 +10,11 @@ import os
 import sys
 
 from ..errors import DhgError, HostError
+from ..proc import SIG_DFL, SIGCHLD, SIGPIPE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
-
-# The numbers of the `signal` module.
-SIGPIPE, SIGCHLD, SIG_DFL = 13, 17, 0
 
 HELP = """\
 dhg: run a Deephaven script in a microVM of its own, restored from a warm snapshot

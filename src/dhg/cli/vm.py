@@ -173,7 +173,7 @@ class Display:
 
 def prepare(argv: list[str]) -> int:
     """`dhg vm prepare`."""
-    more = "A second prepare with the same inputs is done at once. Takes about 4 minutes the first time, without KVM."
+    more = "A second prepare with the same inputs is done at once. The first one takes five to ten minutes without KVM."
     values = _parse(argv, PREPARE, "prepare", more)
     if values is None:
         return 0
