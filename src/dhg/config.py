@@ -54,6 +54,17 @@ def compile_in_guest() -> bool:
     return where == "guest"
 
 
+def use_checkpoint() -> bool:
+    """Whether a restore may go on with QEMU's process where the snapshot has it: `DHG_VM_RESTORE` (checkpoint, the default, or state).
+
+    Raises `UsageError` for anything else.
+    """
+    way = os.environ.get("DHG_VM_RESTORE") or "checkpoint"
+    if way not in ("checkpoint", "state"):
+        raise UsageError(f"DHG_VM_RESTORE is {way!r}", hint="there are checkpoint and state")
+    return way == "checkpoint"
+
+
 def check_engine(name: str) -> str:
     """`name` itself if it is an engine's. Raises `UsageError` otherwise."""
     if name not in ("qemu", "firecracker"):

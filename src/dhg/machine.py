@@ -207,11 +207,14 @@ def _start(snapshot: store.Snapshot) -> Vm:
         return firecracker.start(
             snapshot.path, snapshot.argv[0], version=version, lock=snapshot.lock, memory_mib=memory_mib
         )
-    state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
-    finally:
-        os.close(state)
+    if snapshot.checkpoint:
+        vm = qmp.go_on(snapshot.checkpoint, snapshot.argv, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
+    else:
+        state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
+        finally:
+            os.close(state)
     # While QEMU starts; its own files are read at the same time.
     try:
         readahead.start(f"{snapshot.path}/ram", snapshot.ahead)

@@ -129,8 +129,9 @@ def spawn(
     *,
     fds: Mapping[int, int] | None = None,
     env: Mapping[str, str] | None = None,
+    program: str | None = None,
 ) -> Process:
-    """Start `argv[0]` (a path).
+    """Start `program`, or `argv[0]` (a path).
 
     `fds` maps the child's descriptor numbers to ours; 0 defaults to /dev/null, 1 and 2 are ours where not named.
     Raises `HostError` if it cannot be started.
@@ -149,7 +150,7 @@ def spawn(
         actions.append((os.POSIX_SPAWN_DUP2, moved.get(ours, ours), number))
     try:
         pid = os.posix_spawn(
-            argv[0],
+            program or argv[0],
             list(argv),
             minimal_env() if env is None else env,
             file_actions=actions,
@@ -159,7 +160,7 @@ def spawn(
             setsigdef=(SIGINT, SIGPIPE, SIGTERM, SIGCHLD),
         )
     except OSError as error:
-        raise HostError(f"cannot start {argv[0]}: {error.strerror}") from error
+        raise HostError(f"cannot start {program or argv[0]}: {error.strerror}") from error
     finally:
         for fd in moved.values():
             os.close(fd)

@@ -9,9 +9,10 @@ Not on the hot path: `prepare` stores the restore's command line in the snapshot
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
-from .qmp import CHANNELS, FD_CONSOLE, FD_GO, FD_QMP, FD_RAM, TB_SIZE_MIB, Vm
+from .qmp import CHANNELS, FD_CONSOLE, FD_GO, FD_QMP, FD_RAM, FD_STATE, TB_SIZE_MIB, Vm, load
 
 #: The kernel command line. tsc_early_khz is appended: without a TSC of known frequency a TCG guest has a 4 ms clock.
 KERNEL_ARGS = (
@@ -137,12 +138,12 @@ def boot_argv(spec: Spec) -> list[str]:
     ]
 
 
-def restore_argv(spec: Spec, ram: str) -> list[str]:
-    """The command line that restores one: the same devices, memory private, state to come."""
+def restore_argv(spec: Spec, ram: str, *, shared: bool = False) -> list[str]:
+    """The command line that restores one: the same devices, memory private (or `shared`, to freeze it again), state to come."""
     return [
         spec.qemu,
         *machine_args(spec),
-        *memory_args(spec, ram, shared=False),
+        *memory_args(spec, ram, shared=shared),
         *kernel_args(spec, stub=True),
         *drive_args(spec),
         *channel_args(),
@@ -159,6 +160,19 @@ def restore_argv(spec: Spec, ram: str) -> list[str]:
 def _escape(path: str) -> str:
     # QEMU's option syntax doubles commas.
     return path.replace(",", ",,")
+
+
+def boot_again(spec: Spec, ram: int, *, state: int) -> Vm:
+    """Start another QEMU for a VM that was frozen: its memory is what `ram` has, its device state what `state` has. Does not wait."""
+    argv = restore_argv(spec, f"/dev/fd/{FD_RAM}", shared=True)
+    log = os.memfd_create("dhg-qemu-log")
+    try:
+        vm = Vm(argv, extra={FD_STATE: state, FD_RAM: ram, 1: log, 2: log}, log=log)
+    except BaseException:
+        os.close(log)
+        raise
+    load(vm)
+    return vm
 
 
 def boot(spec: Spec, ram: int, *, console: int) -> Vm:

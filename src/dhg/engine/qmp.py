@@ -8,6 +8,7 @@ from __future__ import annotations
 import _socket
 import os
 import select
+import time
 
 from .. import proc
 from ..errors import DeadlineExceeded, MachineError, SnapshotError
@@ -89,7 +90,7 @@ SET_CAPABILITIES = (
     b'{"execute":"migrate-set-capabilities","arguments":{"capabilities":['
     b'{"capability":"x-ignore-shared","state":true},{"capability":"events","state":true}]}}\n'
 )
-QUIT = b'{"execute":"quit"}\n'
+QUIT, CONT = b'{"execute":"quit"}\n', b'{"execute":"cont"}\n'
 STOP, STOPPED = b'{"execute":"stop"}\n', b'"STOP"'
 COMPLETED, FAILED = b'"status": "completed"', b'"status": "failed"'
 
@@ -104,10 +105,14 @@ class Vm:
     dies before, QEMU has a device whose channel it does not know, and ends.
     """
 
-    __slots__ = ("_leash", "_log", "control", "files", "process", "qmp", "stderr", "stdin", "stdout")
+    __slots__ = ("_leash", "_log", "_stopped", "control", "files", "process", "qmp", "stderr", "stdin", "stdout")
 
-    def __init__(self, argv: Sequence[str], *, extra: dict[int, int], log: int = -1) -> None:
+    def __init__(
+        self, argv: Sequence[str], *, extra: dict[int, int], log: int = -1, checkpoint: str | None = None
+    ) -> None:
+        """With `checkpoint` that program is started instead of QEMU itself; it waits for the user that it is to run as."""
         self._log = log
+        self._stopped = checkpoint is not None
         ours: list[_socket.socket] = []
         theirs: dict[int, int] = dict(extra)
         pairs = []
@@ -121,9 +126,13 @@ class Vm:
         theirs[FD_GO], go = os.pipe2(os.O_CLOEXEC)
         process = None
         try:
-            self.process = process = proc.spawn([*argv, *confinement()], fds=theirs, env=proc.minimal_env(ENVIRON))
+            if checkpoint is None:
+                command, said, env = [*argv, *confinement()], GO, proc.minimal_env(ENVIRON)
+            else:
+                command, said, env = argv, proc.unprivileged_id().to_bytes(8, "little"), {}
+            self.process = process = proc.spawn(command, fds=theirs, env=env, program=checkpoint)
             proc.kill_with_us(process.pid, leash)
-            os.write(go, GO)
+            os.write(go, said)
         except BaseException:
             if process is not None:
                 process.kill()
@@ -151,8 +160,8 @@ class Vm:
             sock.close()
 
     def wait_resumed(self, *, deadline: proc.Deadline) -> tuple[int, int, int]:
-        """See `wait_resumed` below."""
-        return wait_resumed(self, deadline=deadline)
+        """See `wait_resumed` and `wait_continued` below."""
+        return wait_continued(self, deadline=deadline) if self._stopped else wait_resumed(self, deadline=deadline)
 
     def said(self) -> str | None:
         """The last that QEMU said of itself, if it is kept."""
@@ -181,13 +190,28 @@ def confinement() -> list[str]:
     return ["-sandbox", sandbox + ",elevateprivileges=deny"]
 
 
+def prepare_freeze(vm: Vm, *, timeout_s: float = 60.0) -> None:
+    """What has to be told to a VM that was booted, before `stop`."""
+    deadline = proc.Deadline(timeout_s)
+    for command in (CAPABILITIES, SET_CAPABILITIES):
+        vm.qmp.send(command)
+        vm.qmp.wait_for(b'"return"', deadline=deadline)
+
+
+def stop(vm: Vm, *, timeout_s: float = 60.0) -> None:
+    """Stop a VM. At once: the guest has found a moment in which nothing is about to run, and a migration lets it run on for half a
+    second."""
+    vm.qmp.send(STOP)
+    vm.qmp.wait_for(STOPPED, deadline=proc.Deadline(timeout_s))
+
+
 def freeze(vm: Vm, state: int, *, timeout_s: float = 60.0) -> None:
-    """Write the device state of a VM that `prepare_freeze` was called for to the file behind the descriptor `state`, end QEMU.
+    """Write the device state of a VM that has been stopped to the file behind the descriptor `state`, end QEMU.
     The RAM file then is the memory snapshot."""
     deadline = proc.Deadline(timeout_s)
-    # At once: the guest has found a moment in which nothing is about to run, and a migration lets it run on for half a second.
-    vm.qmp.send(STOP)
-    vm.qmp.wait_for(STOPPED, deadline=deadline)
+    # fd: and not exec: (which the sandbox forbids, and which can report `completed` before the file is whole).
+    _send_fd(vm.qmp.socket, b'{"execute":"getfd","arguments":{"fdname":"state"}}\n', state)
+    vm.qmp.wait_for(b'"return"', deadline=deadline)
     vm.qmp.send(b'{"execute":"migrate","arguments":{"uri":"fd:state"}}\n')
     vm.qmp.wait_for(COMPLETED, deadline=deadline, errors=(b'"error"', FAILED))
     vm.qmp.send(QUIT)
@@ -215,18 +239,6 @@ def set_running(state: int) -> None:
     os.pwrite(state, running, at)
 
 
-def prepare_freeze(vm: Vm, state: int, *, timeout_s: float = 60.0) -> None:
-    """Tell a VM all that can be told before `freeze`, so that the guest does not run on for long once it is to be frozen."""
-    deadline = proc.Deadline(timeout_s)
-    vm.qmp.send(CAPABILITIES)
-    vm.qmp.wait_for(b'"return"', deadline=deadline)
-    vm.qmp.send(SET_CAPABILITIES)
-    vm.qmp.wait_for(b'"return"', deadline=deadline)
-    # fd: and not exec: (which the sandbox forbids, and which can report `completed` before the file is whole).
-    _send_fd(vm.qmp.socket, b'{"execute":"getfd","arguments":{"fdname":"state"}}\n', state)
-    vm.qmp.wait_for(b'"return"', deadline=deadline)
-
-
 def _send_fd(sock: _socket.socket, data: bytes, fd: int) -> None:
     sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, "little"))])
 
@@ -248,6 +260,22 @@ def start(argv: Sequence[str], *, state: int, lock: int, memory_mib: int) -> Vm:
     return vm
 
 
+def go_on(checkpoint: str, argv: Sequence[str], *, lock: int, memory_mib: int) -> Vm:
+    """Start the program `checkpoint`, a QEMU whose VM was stopped (see the module of that name), and have the VM go on; does not wait.
+
+    `argv` is what it is called.
+    """
+    log = os.memfd_create("dhg-qemu-log")
+    try:
+        vm = Vm(argv, extra={FD_LOCK: lock, 1: log, 2: log}, log=log, checkpoint=checkpoint)
+    except BaseException:
+        os.close(log)
+        raise
+    proc.limit(vm.process.pid, address_space_bytes=memory_mib + OVERHEAD_MIB << 20)
+    vm.qmp.send(CONT)
+    return vm
+
+
 def load(vm: Vm) -> None:
     """Have a QEMU that was started with FD_STATE load its state, and so resume; does not wait."""
     vm.qmp.send(
@@ -255,6 +283,13 @@ def load(vm: Vm) -> None:
         SET_CAPABILITIES,
         b'{"execute":"migrate-incoming","arguments":{"uri":"fd:%d"}}\n' % FD_STATE,
     )
+
+
+def wait_continued(vm: Vm, *, deadline: proc.Deadline) -> tuple[int, int, int]:
+    """What `wait_resumed` does, for a VM that was stopped and goes on: QEMU sends RESUME before, and says when it is done."""
+    resumed = _event_ns(vm.qmp.wait_for(b'"RESUME"', deadline=deadline))
+    vm.qmp.wait_for(b'"return"', deadline=deadline)
+    return resumed, resumed, time.time_ns()
 
 
 def wait_resumed(vm: Vm, *, deadline: proc.Deadline) -> tuple[int, int, int]:

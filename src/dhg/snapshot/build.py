@@ -24,7 +24,7 @@ from ..image.kernel import stub as kernel_stub
 from ..machine import Machine
 from ..pager import process as pager
 from ..wire import client, frames
-from . import engines, inventory, readahead, store
+from . import engines, inventory, readahead, rehearsal, store
 
 #: From one word of the guest to the next, the last being HELLO: all of it takes two minutes under TCG on two cores, but far more on a
 #: machine that does other things, too, and the start of the JVM alone six minutes under KVM in an emulated host.
@@ -251,9 +251,11 @@ def _fill(
         return copy_sparse(ram, f"{tmp}/ram")
 
     try:
-        versions, digest = engines.boot_and_freeze(
+        versions, digest, mapped = engines.boot_and_freeze(
             spec,
             tmp,
+            final=final,
+            rehearse=rehearsal.rounds(bare=version == config.BARE),
             console=console,
             wait_hello=lambda vm: _ready(vm, version, progress),
             timeout_s=BOOT_TIMEOUT_S,
@@ -267,10 +269,11 @@ def _fill(
         os.close(console)
     os.unlink(spec.initramfs)
     files = {"ram": {"size": spec.memory_mib << 20, "disk": os.stat(f"{tmp}/ram").st_blocks * 512, "sha256": digest}}
+    if mapped:
+        own.append("checkpoint")
     for name in own[1:]:
-        with open(f"{tmp}/{name}", "rb") as data:
-            content = data.read()
-        files[name] = {"size": len(content), "disk": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        found = os.stat(f"{tmp}/{name}")
+        files[name] = {"size": found.st_size, "disk": found.st_blocks * 512, "sha256": sha256(f"{tmp}/{name}")}
     manifest = {
         "format": store.FORMAT,
         "dhg": __version__,
@@ -295,6 +298,7 @@ def _fill(
         checked=checked,
         bytecode=versions.get("bytecode", ""),
         own=[(f"{tmp}/{name}", f"{final}/{name}") for name in own],
+        mapped=mapped,
     )
     _write(f"{tmp}/launch", launch)
     sync_dir(tmp)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from ..engine import firecracker, probe, qemu, qmp
+from .. import proc
+from ..engine import checkpoint, firecracker, probe, qemu, qmp
 from ..errors import HostError
 from ..image import build as image
-from . import scratch
+from ..wire import client
+from . import rehearsal, scratch
 
 Spec = qemu.Spec | firecracker.Spec
 #: Waits for the guest's HELLO; the versions that it names.
 WaitHello = Callable[[Any], dict[str, str]]
+
+
+class Frozen(NamedTuple):
+    """What came of a freeze: the guest's versions, what `keep` returned, and the files that the checkpoint maps (none without one)."""
+
+    versions: dict[str, str]
+    kept: str
+    mapped: list[str]
 
 
 def program(engine: str, given: str | None = None) -> str:
@@ -100,9 +110,18 @@ def make_spec(
 
 
 def boot_and_freeze(
-    spec: Spec, folder: str, *, console: int, wait_hello: WaitHello, timeout_s: float, keep: Callable[[str], str]
-) -> tuple[dict[str, str], str]:
-    """Boot a VM and freeze it when it is ready: `state` in `folder`; the guest's versions, and what `keep` returns.
+    spec: Spec,
+    folder: str,
+    *,
+    final: str,
+    rehearse: Sequence[Sequence[client.Request]],
+    console: int,
+    wait_hello: WaitHello,
+    timeout_s: float,
+    keep: Callable[[str], str],
+) -> Frozen:
+    """Boot a VM and freeze it when it is ready: `state` in `folder`, which will be `final`, and with QEMU's software emulation
+    `checkpoint`.
 
     `keep` is called with the path of the file that has the guest's memory, which is gone afterwards.
     Raises `MachineError`, `DeadlineExceeded`, what `wait_hello` raises. No VM is left in any case.
@@ -116,18 +135,53 @@ def boot_and_freeze(
         os.chmod(state, 0o600)
         kept = keep(ram)
         os.unlink(ram)
-        return versions, kept
+        return Frozen(versions, kept, [])
     # Not in the file that is kept: each page that is touched for the first time would be a block of the disk's to be found.
     fd = os.open(state, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         with scratch.memory(spec.memory_mib << 20) as memory:
             with qemu.boot(spec, memory, console=console) as booted:
-                qmp.prepare_freeze(booted, fd)
+                qmp.prepare_freeze(booted)
                 versions = wait_hello(booted)
+                qmp.stop(booted)
                 qmp.freeze(booted, fd)
-            return versions, keep(f"/proc/self/fd/{memory}")
+            mapped = list[str]()
+            if spec.accel == "tcg":
+                mapped = _rehearse(spec, folder, memory, fd, final=final, rounds=rehearse, wait_hello=wait_hello)
+            return Frozen(versions, keep(f"/proc/self/fd/{memory}"), mapped)
     finally:
         os.close(fd)
+
+
+def _rehearse(
+    spec: qemu.Spec,
+    folder: str,
+    memory: int,
+    state: int,
+    *,
+    final: str,
+    rounds: Sequence[Sequence[client.Request]],
+    wait_hello: WaitHello,
+) -> list[str]:
+    """Go on with a VM that was frozen in a QEMU that has translated nothing yet, run what scripts do, freeze it again and keep that
+    QEMU, too; the files that it maps."""
+    os.lseek(state, 0, os.SEEK_SET)
+    with qemu.boot_again(spec._replace(stub=f"{folder}/kernel"), memory, state=state) as vm:
+        vm.wait_resumed(deadline=proc.Deadline(rehearsal.TIMEOUT_S))
+        for requests in rounds:
+            rehearsal.run(vm, requests)
+            wait_hello(vm)
+        qmp.stop(vm)
+        mapped = checkpoint.write(
+            vm.process.pid,
+            f"{folder}/checkpoint",
+            ram=checkpoint.file_of(memory),
+            ram_later=f"{final}/ram",
+        )
+        os.lseek(state, 0, os.SEEK_SET)
+        os.truncate(state, 0)
+        qmp.freeze(vm, state)
+    return mapped
 
 
 def restore_argv(spec: Spec, ram: str) -> list[str]:

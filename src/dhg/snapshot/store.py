@@ -40,6 +40,8 @@ L_CPU = 9  # the CPU of the host that made it, where the guest sees that CPU (KV
 L_ENGINE_VERSION = 16  # where the restore depends on it
 L_BASE_NS = 7  # the guest's monotonic clock at the moment of a resume
 L_AHEAD = 17  # pages of `ram` that every clone touches, see readahead.py
+L_MAPPED = 19  # "size mtime_ns path" of a file that `checkpoint` maps
+L_HOST = 20  # where it holds, see `host`
 L_BYTECODE = 18  # the magic number of the guest's Python, in hex digits, see compiler.py
 
 
@@ -52,6 +54,7 @@ class Snapshot:
         "argv",
         "base_ns",
         "bytecode",
+        "checkpoint",
         "engine",
         "engine_version",
         "lock",
@@ -74,6 +77,7 @@ class Snapshot:
         engine_version: str = "",
         ahead: bytes = b"",
         bytecode: str = "",
+        checkpoint: str | None = None,
     ) -> None:
         self.path = path
         self.version = version
@@ -91,6 +95,8 @@ class Snapshot:
         self.ahead = ahead
         #: The magic number of the bytecode of the guest's Python, in hex digits.
         self.bytecode = bytecode
+        #: QEMU's process with what it has translated, as a program; None where there is none that fits this host.
+        self.checkpoint = checkpoint
 
     @property
     def state(self) -> str:
@@ -250,6 +256,9 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
                 )
         if accel == "kvm":
             _check_kvm(version, engine, frames.text(found[L_CPU][0]))
+        checkpoint = None
+        if L_MAPPED in found and config.use_checkpoint() and found[L_HOST][0] == host() and _unchanged(found[L_MAPPED]):
+            checkpoint = path + "/checkpoint"
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
     return Snapshot(
@@ -264,7 +273,22 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         engine_version=engine_version,
         ahead=bytes(ahead),
         bytecode=bytecode,
+        checkpoint=checkpoint,
     )
+
+
+def host() -> bytes:
+    """What a checkpoint holds for: this build of the kernel, whose vdso is in it, and this CPU."""
+    system = os.uname()
+    return os.fsencode(f"{system.release} {system.version} {proc.cpu_model()}")
+
+
+def _unchanged(checks: list[bytes]) -> bool:
+    for check in checks:
+        size, mtime_ns, name = check.split(b" ", 2)
+        if stat_check(os.fsdecode(name)) != (int(size), int(mtime_ns)):
+            return False
+    return True
 
 
 def _check_kvm(version: str, engine: str, cpu: str) -> None:
@@ -302,14 +326,21 @@ def launch_bytes(
     own: list[tuple[str, str]],
     bytecode: str,
     engine_version: str = "",
+    mapped: list[str] | None = None,
 ) -> bytes:
     """The contents of `launch`; `checked` are files whose size and time are recorded, `own` those of the generation, as
-    (path now, path later)."""
+    (path now, path later); `mapped` are the files that the checkpoint maps, if there is one."""
     data = frames.field(L_FORMAT, FORMAT) + frames.field(L_MEMORY_MIB, memory_mib)
     data += b"".join(frames.field(L_ARG, os.fsencode(arg)) for arg in argv)
-    for path, later in [(path, path) for path in checked] + own:
+    everything = [(L_CHECK, path, path) for path in checked] + [(L_CHECK, path, later) for path, later in own]
+    # The guest's memory, which is in there, is one of its own.
+    if mapped:
+        others = sorted(set(mapped) - {later for _, later in own})
+        everything += [(L_MAPPED, path, path) for path in others]
+        data += frames.field(L_HOST, host())
+    for key, path, later_path in everything:
         found = os.stat(path)
-        data += frames.field(L_CHECK, b"%d %d %s" % (found.st_size, found.st_mtime_ns, os.fsencode(later)))
+        data += frames.field(key, b"%d %d %s" % (found.st_size, found.st_mtime_ns, os.fsencode(later_path)))
     if accel == "kvm":
         data += frames.field(L_CPU, proc.cpu_model())
     if engine == "firecracker":

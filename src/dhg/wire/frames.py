@@ -69,11 +69,12 @@ DIED = 4  # init's last word: the runner's process is gone, F_EXIT is its status
 # Kinds, host to guest.
 REQUEST = 16  # run this script
 INTERRUPT = 17  # raise KeyboardInterrupt in the script
+PAUSE = 18  # before the freeze: the scripts of this rehearsal have been run, go on
 
 # Kinds, both ways, before the request.
 CLOCK = 32  # what does your monotonic clock say? The answer has F_BASE_NS
 
-KINDS = frozenset((HELLO, RESULT, LOG, DIED, REFUSED, REQUEST, INTERRUPT, CLOCK))
+KINDS = frozenset((HELLO, RESULT, LOG, DIED, REFUSED, REQUEST, INTERRUPT, PAUSE, CLOCK))
 
 # Fields of HELLO.
 F_PROTOCOL = 1
