@@ -17,7 +17,7 @@ import select
 from _frozen_importlib_external import MAGIC_NUMBER  # `importlib.util` imports much more
 from _struct import Struct
 
-from . import config, proc
+from . import config, proc, seccomp
 from .wire.compiling import compiled
 
 #: The largest source that is compiled here; it takes 0.6 to 1.2 us a byte.
@@ -29,12 +29,8 @@ MAX_MEMORY = 1 << 30
 
 _SIZE = Struct("<I")
 
-# linux/prctl.h, linux/seccomp.h, linux/audit.h.
+# linux/prctl.h, linux/seccomp.h.
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 38, 22, 2
-RET_KILL_PROCESS, RET_EPERM, RET_ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
-AUDIT_ARCH_X86_64 = 0xC000003E
-# linux/bpf_common.h: load a word at an offset; jump if equal; return.
-LOAD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06
 #: x86-64's numbers of write, mmap, mprotect, munmap, brk, rt_sigreturn, mremap, madvise, exit, futex, exit_group.
 ALLOWED = (1, 9, 10, 11, 12, 15, 25, 28, 60, 202, 231)
 
@@ -126,7 +122,7 @@ def _confine() -> None:
     import ctypes
 
     proc.limit(os.getpid(), address_space_bytes=MAX_MEMORY, files=False, cpu_s=MAX_CPU_S)
-    code = program()
+    code = seccomp.program(ALLOWED)
     buffer = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog: how many instructions, and where.
     fprog = ctypes.create_string_buffer(Struct("@HP").pack(len(code) // 8, ctypes.addressof(buffer)))
@@ -139,16 +135,3 @@ def _confine() -> None:
     ):
         if prctl(option, value, more, 0, 0):
             raise OSError("no seccomp")
-
-
-def program() -> bytes:
-    """The filter, as BPF instructions (struct sock_filter: code, jump if true, jump if false, operand)."""
-    one = Struct("=HBBI").pack
-    # struct seccomp_data: the number at 0, the architecture at 4.
-    parts = [one(LOAD, 0, 0, 4), one(JUMP_EQUAL, 1, 0, AUDIT_ARCH_X86_64), one(RETURN, 0, 0, RET_KILL_PROCESS)]
-    parts.append(one(LOAD, 0, 0, 0))
-    # From the number that is equal to the last instruction; otherwise on to the next one.
-    parts += [one(JUMP_EQUAL, len(ALLOWED) - at, 0, number) for at, number in enumerate(ALLOWED)]
-    # Refused and not killed, which the kernel would log: a SyntaxError looks for the source's file.
-    parts += [one(RETURN, 0, 0, RET_EPERM), one(RETURN, 0, 0, RET_ALLOW)]
-    return b"".join(parts)

@@ -55,7 +55,7 @@ def compile_in_guest() -> bool:
 
 
 def use_checkpoint() -> bool:
-    """Whether a restore may go on with QEMU's process where the snapshot has it: `DHG_VM_RESTORE` (checkpoint, the default, or state).
+    """Whether a restore may use QEMU's checkpoint: `DHG_VM_RESTORE` (checkpoint, the default, or state).
 
     Raises `UsageError` for anything else.
     """

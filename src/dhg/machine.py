@@ -68,6 +68,8 @@ class Machine:
         self.began_ns = self._clock = time.monotonic_ns()
         self.vm: Vm = (start or _start)(snapshot)
         self._phase("spawn")
+        #: Why the checkpoint could not be used, if it could not.
+        self.fallback: str | None = None
 
     def _phase(self, name: str) -> None:
         now = time.monotonic_ns()
@@ -121,7 +123,14 @@ class Machine:
         limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
             began_ns = time.time_ns() - (time.monotonic_ns() - self._clock)
-            up_ns, *resumed = vm.wait_resumed(deadline=proc.Deadline(limit))
+            try:
+                up_ns, *resumed = vm.wait_resumed(deadline=proc.Deadline(limit))
+            except MachineError as error:
+                if not self.snapshot.checkpoint:
+                    raise
+                # A host that has changed in a way that nobody has thought of: the slow way works wherever QEMU does.
+                vm = self._start_from_state(str(error))
+                up_ns, *resumed = vm.wait_resumed(deadline=proc.Deadline(limit))
         except (MachineError, DeadlineExceeded) as error:
             if deadline is not None and deadline.left() == 0.0:
                 raise DeadlineExceeded(
@@ -141,6 +150,17 @@ class Machine:
         self.phases["VMM start"], self.phases["state load"] = start, self.phases.pop("state load") - start
         self._session = session = client.Session(vm.control, vm.stdout, vm.stderr)
         return session
+
+    def _start_from_state(self, why: str) -> Vm:
+        self.fallback, self.snapshot.checkpoint = why, None
+        lock = self.snapshot.lock = store.lock_shared(self.snapshot.path)
+        try:
+            vm = _start(self.snapshot)
+        finally:
+            os.close(lock)
+        self.vm.close()
+        self.vm = vm
+        return vm
 
     def _clock_of(self, session: client.Session, deadline: proc.Deadline | None) -> client.Clock:
         before, after = self._resumed
@@ -218,6 +238,8 @@ def _start(snapshot: store.Snapshot) -> Vm:
     # While QEMU starts; its own files are read at the same time.
     try:
         readahead.start(f"{snapshot.path}/ram", snapshot.ahead)
+        if snapshot.checkpoint:
+            readahead.start(snapshot.checkpoint, snapshot.ahead_own)
     except BaseException:
         vm.close()
         raise

@@ -26,7 +26,11 @@ def program(allowed: Sequence[int], *, threads: bool = False) -> bytes:
     Refused and not killed, which the kernel would log: a SyntaxError looks for the source's file.
     """
     one = Struct("=HBBI").pack
-    parts = [one(LOAD, 0, 0, ARCHITECTURE), one(JUMP_EQUAL, 1, 0, AUDIT_ARCH_X86_64), one(RETURN, 0, 0, RET_KILL_PROCESS)]
+    parts = [
+        one(LOAD, 0, 0, ARCHITECTURE),
+        one(JUMP_EQUAL, 1, 0, AUDIT_ARCH_X86_64),
+        one(RETURN, 0, 0, RET_KILL_PROCESS),
+    ]
     parts.append(one(LOAD, 0, 0, NUMBER))
     if threads:
         # glibc asks for clone where there is no clone3, whose flags no filter can see.

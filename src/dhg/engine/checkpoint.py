@@ -18,14 +18,14 @@ import struct
 import time
 from typing import NamedTuple
 
+from .. import seccomp
 from ..errors import MachineError
 from . import ptrace, qmp
-from .. import seccomp
-from .machinecode import BASE, HEAD, R13, RAX, R14, RSP, R12, In, Program, elf
+from .machinecode import BASE, HEAD, R12, R13, R14, RAX, RSP, In, Program, elf
 
 PAGE = 4096
-#: Zero pages that are fewer in a row than this are written: a mapping more costs more than they do.
-GAP = 8
+#: So many zero pages in a row, or fewer, are mapped from the file (where they are holes) with what is around them.
+GAP = 16
 #: Below the main thread's stack, for it to grow.
 STACK_ROOM = 1 << 20
 #: Where the program is mapped, and the vdso while everything else is. Programs and libraries are far above.
@@ -41,9 +41,27 @@ MREMAP = 1 | 2  # MAYMOVE, FIXED
 PRESENT, SWAPPED, OF_FILE = 1 << 63, 1 << 62, 1 << 61
 SPECIAL = ("[vvar]", "[vvar_vclock]", "[vdso]")
 # x86-64's numbers of system calls.
-NR_READ, NR_OPEN, NR_CLOSE, NR_MMAP, NR_RT_SIGACTION, NR_RT_SIGPROCMASK, NR_MREMAP, NR_DUP, NR_FCNTL = 0, 2, 3, 9, 13, 14, 25, 32, 72
+NR_READ, NR_OPEN, NR_CLOSE, NR_MMAP, NR_RT_SIGACTION, NR_RT_SIGPROCMASK, NR_MREMAP, NR_DUP, NR_FCNTL = (
+    0,
+    2,
+    3,
+    9,
+    13,
+    14,
+    25,
+    32,
+    72,
+)
 NR_CLONE, NR_SETGROUPS, NR_SETRESUID, NR_SETRESGID, NR_PRCTL, NR_ARCH_PRCTL = 56, 116, 117, 119, 157, 158
-NR_SET_TID_ADDRESS, NR_SET_ROBUST_LIST, NR_SIGNALFD4, NR_EVENTFD2, NR_SECCOMP, NR_RSEQ, NR_CLOSE_RANGE = 218, 273, 289, 290, 317, 334, 436
+NR_SET_TID_ADDRESS, NR_SET_ROBUST_LIST, NR_SIGNALFD4, NR_EVENTFD2, NR_SECCOMP, NR_RSEQ, NR_CLOSE_RANGE = (
+    218,
+    273,
+    289,
+    290,
+    317,
+    334,
+    436,
+)
 #: CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID, CHILD_SETTID: what glibc gives a thread.
 CLONE_THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x80000 | 0x100000 | 0x200000 | 0x1000000
 PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 15, 38
@@ -64,7 +82,9 @@ class Area(NamedTuple):
 
     @property
     def prot(self) -> int:
-        return sum(bit for letter, bit in zip("rwx", (PROT_READ, PROT_WRITE, PROT_EXEC), strict=True) if letter in self.perms)
+        return sum(
+            bit for letter, bit in zip("rwx", (PROT_READ, PROT_WRITE, PROT_EXEC), strict=True) if letter in self.perms
+        )
 
 
 class Thread(NamedTuple):
@@ -90,14 +110,45 @@ def areas(pid: int) -> list[Area]:
     return found
 
 
-
 #: Where the file's memory begins, after the program.
 MEMORY_AT = 1 << 18
 #: x86-64's numbers of what a QEMU that runs has use for. No files, no sockets, no programs, no processes.
 ALLOWED = (
     *(0, 1, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20),  # read to writev, without open, stat and lstat
-    *(24, 25, 27, 28, 32, 35, 39, 44, 45, 46, 47, 48, 51, 52, 54, 55, 60),  # sched_yield, mremap, mincore, madvise, dup, ... exit
-    *(72, 74, 75, 96, 98, 99, 131, 186, 201, 202, 204, 218, 219),  # fcntl, fsync, ..., futex, sched_getaffinity, restart_syscall
+    *(
+        24,
+        25,
+        27,
+        28,
+        32,
+        35,
+        39,
+        44,
+        45,
+        46,
+        47,
+        48,
+        51,
+        52,
+        54,
+        55,
+        60,
+    ),  # sched_yield, mremap, mincore, madvise, dup, ... exit
+    *(
+        72,
+        74,
+        75,
+        96,
+        98,
+        99,
+        131,
+        186,
+        201,
+        202,
+        204,
+        218,
+        219,
+    ),  # fcntl, fsync, ..., futex, sched_getaffinity, restart_syscall
     *(228, 229, 230, 231, 234, 262, 271, 273, 285, 290, 295, 296, 309, 318, 324, 334, 157),
 )
 QEMU_NAME = b"qemu-system-x86\0"
@@ -151,27 +202,30 @@ class _Memory:
         self.at = MEMORY_AT
 
     def add(self, data: bytes) -> int:
+        """Write pages, those that are zero as holes; where they begin."""
         at = self.at
-        view = memoryview(data)
-        while view:
-            view = view[os.pwrite(self._fd, view, at + len(data) - len(view)) :]
+        for begin, end in _runs(data, gap=0):
+            os.pwrite(self._fd, data[begin:end], at + begin)
         self.at += len(data)
+        os.truncate(self._fd, self.at)
         return at
 
 
-def _runs(data: bytes) -> list[tuple[int, int]]:
-    """Where pages that are not zero begin and end, in bytes."""
+def _runs(data: bytes, *, gap: int) -> list[tuple[int, int]]:
+    """Where pages that are not zero begin and end, in bytes; runs with no more than `gap` pages between them are one."""
     zero, runs = bytes(PAGE), list[list[int]]()
     for at in range(0, len(data), PAGE):
         if data[at : at + PAGE] != zero:
-            if runs and at - runs[-1][1] <= GAP * PAGE:
+            if runs and at - runs[-1][1] <= gap * PAGE:
                 runs[-1][1] = at + PAGE
             else:
                 runs.append([at, at + PAGE])
     return [(begin, end) for begin, end in runs]
 
 
-def _write(stopped: ptrace.Stopped, threads: list[Thread], target: str, *, ram: tuple[int, int], ram_later: str) -> list[str]:
+def _write(
+    stopped: ptrace.Stopped, threads: list[Thread], target: str, *, ram: tuple[int, int], ram_later: str
+) -> list[str]:
     mapped: list[str] = []
     mappings = areas(stopped.pid)
     program = Program(BASE + HEAD)
@@ -295,7 +349,7 @@ def _anonymous(
             end += 1
         start = area.begin + at * PAGE
         data = stopped.read(start, (end - at) * PAGE)
-        for first, last in _runs(data):
+        for first, last in _runs(data, gap=GAP):
             found.append((start + first, last - first, area.prot, memory.add(data[first:last])))
         at = end
     return found
@@ -340,7 +394,11 @@ def _fdinfo(pid: int, number: int) -> dict[str, str]:
 
 def _signals(program: Program, stopped: ptrace.Stopped) -> None:
     with open(f"/proc/{stopped.pid}/status") as file:
-        masks = {name: int(value, 16) for name, value in (line.split(":", 1) for line in file if line.startswith("Sig")) if name != "SigQ"}
+        masks = {
+            name: int(value, 16)
+            for name, value in (line.split(":", 1) for line in file if line.startswith("Sig"))
+            if name != "SigQ"
+        }
     caught = [number for number in range(1, 65) if masks["SigCgt"] >> number - 1 & 1]
     actions = stopped.handlers(caught)
     ignored = struct.pack("<4Q", 1, 0, 0, 0)
@@ -362,7 +420,9 @@ def _confine(program: Program, main: Thread) -> None:
     scratch = main.registers["rsp"] - 8192 & ~15
     program.set(R14, scratch)
     program.set(RAX, code)
-    program.add(b"\x49\x89\x46\x08\x41\xc7\x06" + struct.pack("<I", len(code) // 8))  # mov [r14 + 8], rax; mov [r14], ...
+    program.add(
+        b"\x49\x89\x46\x08\x41\xc7\x06" + struct.pack("<I", len(code) // 8)
+    )  # mov [r14 + 8], rax; mov [r14], ...
     # Not before the threads are there, nor after: each gets it with its birth.
     program.call(NR_SECCOMP, SECCOMP_SET_MODE_FILTER, 0, scratch)
 

@@ -9,7 +9,14 @@ R8, R9, R10, R11, R12, R13, R14, R15 = range(8, 16)
 #: Where a system call takes its arguments from.
 ARGUMENTS = (RDI, RSI, RDX, R10, R8, R9)
 NUMBERS = {
-    **{"rax": RAX, "rcx": RCX, "rdx": RDX, "rbx": RBX, "rbp": RBP, "rsi": RSI, "rdi": RDI, "rsp": RSP},
+    "rax": RAX,
+    "rcx": RCX,
+    "rdx": RDX,
+    "rbx": RBX,
+    "rbp": RBP,
+    "rsi": RSI,
+    "rdi": RDI,
+    "rsp": RSP,
     **{f"r{number}": number for number in range(8, 16)},
 }
 PAGE = 4096
@@ -62,7 +69,9 @@ class Program:
             self._named.append((len(self._code), self.data(value)))
             self._code += bytes(8)
         elif 0 <= value < 1 << 32:
-            self._code += (b"\x41" if register >= 8 else b"") + bytes((0xB8 | (register & 7),)) + struct.pack("<I", value)
+            self._code += (
+                (b"\x41" if register >= 8 else b"") + bytes((0xB8 | (register & 7),)) + struct.pack("<I", value)
+            )
         else:
             self._code += bytes((rex, 0xB8 | (register & 7))) + struct.pack("<Q", value & (1 << 64) - 1)
 
@@ -98,7 +107,9 @@ class Program:
         """r12: where the kernel has put the vdso, from what it has left on the stack (getauxval(3))."""
         self.add(b"\x48\x89\xe6\x48\x83\xc6\x08")  # rsi = rsp + 8
         self.add(b"\x48\xad\x48\x85\xc0\x75\xf9" * 2)  # over the arguments, over the environment
-        self.add(b"\x48\xad\x48\x89\xc2\x48\xad\x83\xfa" + bytes((AT_SYSINFO_EHDR,)) + b"\x75\xf4")  # until it is that one
+        self.add(
+            b"\x48\xad\x48\x89\xc2\x48\xad\x83\xfa" + bytes((AT_SYSINFO_EHDR,)) + b"\x75\xf4"
+        )  # until it is that one
         self.add(b"\x49\x89\xc4")  # r12 = rax
 
     def where(self, test: bytes, otherwise: bytes, child: Program) -> None:

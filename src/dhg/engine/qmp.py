@@ -129,7 +129,7 @@ class Vm:
             if checkpoint is None:
                 command, said, env = [*argv, *confinement()], GO, proc.minimal_env(ENVIRON)
             else:
-                command, said, env = argv, proc.unprivileged_id().to_bytes(8, "little"), {}
+                command, said, env = list(argv), proc.unprivileged_id().to_bytes(8, "little"), {}
             self.process = process = proc.spawn(command, fds=theirs, env=env, program=checkpoint)
             proc.kill_with_us(process.pid, leash)
             os.write(go, said)
@@ -261,7 +261,7 @@ def start(argv: Sequence[str], *, state: int, lock: int, memory_mib: int) -> Vm:
 
 
 def go_on(checkpoint: str, argv: Sequence[str], *, lock: int, memory_mib: int) -> Vm:
-    """Start the program `checkpoint`, a QEMU whose VM was stopped (see the module of that name), and have the VM go on; does not wait.
+    """Start the program `checkpoint`, a QEMU whose VM was stopped (see that module), and have the VM go on; does not wait.
 
     `argv` is what it is called.
     """

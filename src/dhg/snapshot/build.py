@@ -201,7 +201,7 @@ def _prepare(
             raise
         try:
             progress("trial", "restore it once")
-            _try(f"{folder}/{name}", version, engine)
+            _try(f"{folder}/{name}", version, engine, progress)
         except BaseException:
             remove_tree(f"{folder}/{name}")
             raise
@@ -218,7 +218,11 @@ def _same(link: str, inputs: dict[str, Any]) -> bool:
             found = json.load(file)
         if found.get("inputs") != inputs or found.get("format") != store.FORMAT:
             return False
-        os.close(store.open_snapshot(inputs["deephaven"], engine=inputs["engine"]).lock)
+        snapshot = store.open_snapshot(inputs["deephaven"], engine=inputs["engine"])
+        os.close(snapshot.lock)
+        # Made anew on a host whose kernel or libraries have changed: it would do, but be slow.
+        if "checkpoint" in found["files"] and not snapshot.checkpoint and config.use_checkpoint():
+            return False
     except (OSError, ValueError, DhgError):
         return False
     return True
@@ -259,6 +263,7 @@ def _fill(
             console=console,
             wait_hello=lambda vm: _ready(vm, version, progress),
             timeout_s=BOOT_TIMEOUT_S,
+            note=lambda why: progress("checkpoint", why),
             keep=keep,
         )
     except DhgError as error:
@@ -391,7 +396,7 @@ RESUME_WITHIN_NS = 5_000_000
 TRIES = 5
 
 
-def _try(path: str, version: str, engine: str) -> None:
+def _try(path: str, version: str, engine: str, progress: Progress) -> None:
     """Restore the new generation and run a script, twice: a VMM that cannot do it must show here, not in `exec`, and so must a
     random number that two clones have in common (guest/reseed.py writes to where their generators were at the freeze).
 
@@ -401,6 +406,12 @@ def _try(path: str, version: str, engine: str) -> None:
     lock = os.open(f"{path}/lock", os.O_RDONLY | os.O_CLOEXEC)
     try:
         snapshot = store.read(path, version, engine, lock)
+        if snapshot.checkpoint:
+            with Machine(snapshot) as machine:
+                machine.measure_base(rounds=1, timeout_s=120.0)
+            if machine.fallback:
+                progress("checkpoint", f"not used: {machine.fallback}")
+                _drop_checkpoint(path)
         with ThreadPoolExecutor(2) as beside:
             one, two = beside.map(_draw, [snapshot, snapshot])
         same = [str(number) for number, (left, right) in enumerate(zip(one, two, strict=True)) if left == right]
@@ -411,19 +422,37 @@ def _try(path: str, version: str, engine: str) -> None:
             with Machine(snapshot) as machine:
                 base_ns, off_ns = machine.measure_base(rounds=CLOCK_ROUNDS, timeout_s=120.0)
             found.append((off_ns, base_ns))
-        ahead = b""
+        ahead = own = b""
         if engine == "firecracker":
             _record_working_set(snapshot)
         else:
-            ahead = _touched(snapshot)
+            ahead, own = _touched(snapshot)
     finally:
         os.close(lock)
     with open(f"{path}/launch", "rb") as file:
         launch = file.read()
     launch += frames.field(store.L_BASE_NS, min(found)[1]) + frames.field(store.L_AHEAD, ahead)
+    launch += frames.field(store.L_AHEAD_OWN, own)
     _write(f"{path}/launch.tmp", launch)
     os.rename(f"{path}/launch.tmp", f"{path}/launch")
     sync_dir(path)
+
+
+def _drop_checkpoint(path: str) -> None:
+    """Do without one that does not work here: a restore would try it each time."""
+    with open(f"{path}/launch", "rb") as file:
+        found = frames.fields(file.read())
+    kept = [
+        (key, value) for key, values in found.items() for value in values if key not in (store.L_MAPPED, store.L_HOST)
+    ]
+    own = os.fsencode(f"{path}/checkpoint")
+    kept = [(key, value) for key, value in kept if key != store.L_CHECK or value.split(b" ", 2)[2] != own]
+    _write(f"{path}/launch", b"".join(frames.field(key, value) for key, value in kept))
+    with open(f"{path}/manifest.json") as file:
+        manifest = json.load(file)
+    del manifest["files"]["checkpoint"]
+    _write(f"{path}/manifest.json", json.dumps(manifest, indent=1).encode())
+    os.unlink(f"{path}/checkpoint")
 
 
 #: Draws from every generator whose state is in a snapshot, those of NumPy and the JVM where there are these.
@@ -454,13 +483,15 @@ def _draw(snapshot: store.Snapshot) -> list[bytes]:
     return b"".join(output).split()
 
 
-def _touched(snapshot: store.Snapshot) -> bytes:
-    """The pages that a script touches which does next to nothing."""
+def _touched(snapshot: store.Snapshot) -> tuple[bytes, bytes]:
+    """The pages of `ram` and `checkpoint` that a script touches which does next to nothing."""
     output: list[bytes] = []
     with Machine(snapshot) as machine:
         request = client.Request(b"print('hello')")
         machine.run(request, stdout=output.append, stderr=output.append, deadline=proc.Deadline(120.0))
-        return readahead.record(machine.vm.process.pid, f"{snapshot.path}/ram")
+        pid, checkpoint = machine.vm.process.pid, snapshot.checkpoint
+        own = readahead.record(pid, checkpoint) if checkpoint else b""
+        return readahead.record(pid, f"{snapshot.path}/ram"), own
 
 
 #: What a typical script touches: an import, a table with a formula, an aggregation, a preview.

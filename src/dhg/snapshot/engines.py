@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .. import proc
 from ..engine import checkpoint, firecracker, probe, qemu, qmp
-from ..errors import HostError
+from ..errors import HostError, MachineError
 from ..image import build as image
 from ..wire import client
 from . import rehearsal, scratch
@@ -19,7 +19,7 @@ WaitHello = Callable[[Any], dict[str, str]]
 
 
 class Frozen(NamedTuple):
-    """What came of a freeze: the guest's versions, what `keep` returned, and the files that the checkpoint maps (none without one)."""
+    """What came of a freeze: the guest's versions, what `keep` returned, the files that the checkpoint maps (none without one)."""
 
     versions: dict[str, str]
     kept: str
@@ -118,12 +118,14 @@ def boot_and_freeze(
     console: int,
     wait_hello: WaitHello,
     timeout_s: float,
+    note: Callable[[str], None],
     keep: Callable[[str], str],
 ) -> Frozen:
     """Boot a VM and freeze it when it is ready: `state` in `folder`, which will be `final`, and with QEMU's software emulation
     `checkpoint`.
 
-    `keep` is called with the path of the file that has the guest's memory, which is gone afterwards.
+    `note` is told why there is no checkpoint, if there is none; `keep` is called with the path of the file that has the guest's
+    memory, which is gone afterwards.
     Raises `MachineError`, `DeadlineExceeded`, what `wait_hello` raises. No VM is left in any case.
     """
     state = f"{folder}/state"
@@ -147,7 +149,9 @@ def boot_and_freeze(
                 qmp.freeze(booted, fd)
             mapped = list[str]()
             if spec.accel == "tcg":
-                mapped = _rehearse(spec, folder, memory, fd, final=final, rounds=rehearse, wait_hello=wait_hello)
+                mapped = _rehearse(
+                    spec, folder, memory, fd, final=final, rounds=rehearse, wait_hello=wait_hello, note=note
+                )
             return Frozen(versions, keep(f"/proc/self/fd/{memory}"), mapped)
     finally:
         os.close(fd)
@@ -162,6 +166,7 @@ def _rehearse(
     final: str,
     rounds: Sequence[Sequence[client.Request]],
     wait_hello: WaitHello,
+    note: Callable[[str], None],
 ) -> list[str]:
     """Go on with a VM that was frozen in a QEMU that has translated nothing yet, run what scripts do, freeze it again and keep that
     QEMU, too; the files that it maps."""
@@ -172,12 +177,15 @@ def _rehearse(
             rehearsal.run(vm, requests)
             wait_hello(vm)
         qmp.stop(vm)
-        mapped = checkpoint.write(
-            vm.process.pid,
-            f"{folder}/checkpoint",
-            ram=checkpoint.file_of(memory),
-            ram_later=f"{final}/ram",
-        )
+        place = f"{folder}/checkpoint"
+        try:
+            mapped = checkpoint.write(vm.process.pid, place, ram=checkpoint.file_of(memory), ram_later=f"{final}/ram")
+        except (HostError, MachineError) as error:
+            # It does without, and each clone translates anew what it runs.
+            note(f"none: {error}")
+            mapped = []
+            if os.path.exists(place):
+                os.unlink(place)
         os.lseek(state, 0, os.SEEK_SET)
         os.truncate(state, 0)
         qmp.freeze(vm, state)

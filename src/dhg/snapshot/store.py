@@ -40,6 +40,7 @@ L_CPU = 9  # the CPU of the host that made it, where the guest sees that CPU (KV
 L_ENGINE_VERSION = 16  # where the restore depends on it
 L_BASE_NS = 7  # the guest's monotonic clock at the moment of a resume
 L_AHEAD = 17  # pages of `ram` that every clone touches, see readahead.py
+L_AHEAD_OWN = 21  # pages of `checkpoint` that every clone touches
 L_MAPPED = 19  # "size mtime_ns path" of a file that `checkpoint` maps
 L_HOST = 20  # where it holds, see `host`
 L_BYTECODE = 18  # the magic number of the guest's Python, in hex digits, see compiler.py
@@ -51,6 +52,7 @@ class Snapshot:
     __slots__ = (
         "accel",
         "ahead",
+        "ahead_own",
         "argv",
         "base_ns",
         "bytecode",
@@ -76,6 +78,7 @@ class Snapshot:
         base_ns: int,
         engine_version: str = "",
         ahead: bytes = b"",
+        ahead_own: bytes = b"",
         bytecode: str = "",
         checkpoint: str | None = None,
     ) -> None:
@@ -93,6 +96,8 @@ class Snapshot:
         self.base_ns = base_ns
         #: Pages of `ram` to be read ahead, see readahead.py; empty where they are not known.
         self.ahead = ahead
+        #: The same for `checkpoint`.
+        self.ahead_own = ahead_own
         #: The magic number of the bytecode of the guest's Python, in hex digits.
         self.bytecode = bytecode
         #: QEMU's process with what it has translated, as a program; None where there is none that fits this host.
@@ -183,7 +188,7 @@ def open_snapshot(version: str | None = None, *, engine: str | None = None, acce
         path = f"{os.path.dirname(link)}/{name}"
         lock = -1
         try:
-            lock = _lock(path + "/lock")
+            lock = lock_shared(path)
             snapshot = read(path, version, engine, lock)
             if accel not in (None, snapshot.accel):
                 raise SnapshotError(
@@ -212,7 +217,9 @@ def _engine_in(folder: str) -> str:
     return "qemu"
 
 
-def _lock(path: str) -> int:
+def lock_shared(generation: str) -> int:
+    """Lock a generation against removal; the descriptor to close. Raises `SnapshotError`, `FileNotFoundError`."""
+    path = generation + "/lock"
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     # Whoever holds it exclusively looks whether it is in use, or is removing it, and is done in a moment.
     for _ in range(LOCK_TRIES):
@@ -246,6 +253,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         base_ns = frames.integer(found[L_BASE_NS][0]) if L_BASE_NS in found else 0
         engine_version = frames.text(found[L_ENGINE_VERSION][0]) if L_ENGINE_VERSION in found else ""
         ahead = found[L_AHEAD][0] if L_AHEAD in found else b""
+        ahead_own = found[L_AHEAD_OWN][0] if L_AHEAD_OWN in found else b""
         bytecode = frames.text(found[L_BYTECODE][0])
         for size, mtime_ns, name in checks:
             seen = stat_check(os.fsdecode(name))
@@ -272,6 +280,7 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         base_ns=base_ns,
         engine_version=engine_version,
         ahead=bytes(ahead),
+        ahead_own=bytes(ahead_own),
         bytecode=bytecode,
         checkpoint=checkpoint,
     )
