@@ -181,6 +181,13 @@ def _snapshot(item: dict[str, Any], chosen: bool) -> Finding:
     kvm = _known_kvm()
     if item["accel"] == "tcg" and kvm is not None and kvm.usable:
         return Finding(name, "note", f"{text}; KVM works here and would be faster", remedy)
+    if item["accel"] == "tcg" and not item["checkpoint"] and config.use_checkpoint():
+        why = (
+            "there is no checkpoint of QEMU"
+            if item["checkpoint"] is None
+            else "made with another kernel, CPU or library"
+        )
+        return Finding(name, "note", f"{text}; {why}: clones take three times as long", remedy + " --force")
     return Finding(name, "ok", text)
 
 

@@ -11,8 +11,6 @@ import ctypes
 MADV_PAGEOUT = 21
 #: How large the arrays are that the young generation is filled with.
 ARRAY = 1 << 20
-#: Right before the freeze, and in clones; see `initramfs-init`.
-READ_AHEAD_KIB = 24
 #: Less than what the C library maps by itself (M_MMAP_THRESHOLD, 128 KiB), or gives back at once.
 ROOM = 96 << 10
 
@@ -28,12 +26,6 @@ def release_files() -> None:
         if inode != "0" and "w" not in mode:
             start, end = (int(part, 16) for part in area.split("-"))
             madvise(start, end - start, MADV_PAGEOUT)
-
-
-def read_ahead(kib: int) -> None:
-    """How much the kernel reads of the root file system beyond what it is asked for. What nobody uses of it stays in memory."""
-    with open("/sys/block/vda/queue/read_ahead_kb", "w") as file:
-        file.write(str(kib))
 
 
 def collect_java() -> None:

@@ -354,12 +354,8 @@ def main_vm() -> None:
     # Under software emulation QEMU goes on as another process now, and keeps what it translates (the host's engine/checkpoint.py).
     emulated = channels is None and jvm.is_emulated()
     if emulated:
-        # What was needed once only is given back, and what is used again is read again, page by page.
-        memory.release_files()
-        memory.read_ahead(0)
         stdio.write_all(control, greeting)
         runner.be_rehearsed()
-        memory.read_ahead(memory.READ_AHEAD_KIB)
     runner.arrange = shares.ready()
     gc.collect()
     gc.freeze()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from . import hotspot, jvm, preview, queries, reseed, script, tlb
+from . import hotspot, jvm, memory, preview, queries, reseed, script, tlb
 
 #: How often all warm-up scripts are run.
 PASSES = 2
@@ -43,6 +43,9 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
             if emulated:
                 jvm.set_flags(hotspot.COMPILE_SELDOM if number == 1 and name in ONCE else hotspot.COMPILE_SOON, log)
             rehearse(runner.finder, name, source, turn=number)
+        if number == PASSES - 1:
+            # What was needed once only is given back, and what is used again is read again.
+            memory.release_files()
     if emulated:
         # The first method that is compiled costs a clone 80 ms, because the compiler itself has to be translated, and a script
         # that is done within a second does not get it back. What scripts are likely to run has been compiled by now.

@@ -37,6 +37,8 @@ def describe(path: str) -> dict[str, Any]:
         "vcpus": None,
         "in_use": in_use(path),
         "fits": False,
+        # Whether clones go on with QEMU's process; None where there is no checkpoint (under KVM there never is).
+        "checkpoint": None,
         "problem": None,
     }
     try:
@@ -51,21 +53,23 @@ def describe(path: str) -> dict[str, Any]:
         item["problem"] = f"damaged: no readable manifest ({error})"
         return item
     try:
-        check(path, version, engine, inputs)
+        snapshot = check(path, version, engine, inputs)
         item["fits"] = True
+        if "checkpoint" in manifest["files"]:
+            item["checkpoint"] = snapshot.checkpoint is not None
     except DhgError as error:
         item["problem"] = str(error)
     return item
 
 
-def check(path: str, version: str, engine: str, inputs: dict[str, Any]) -> None:
-    """Whether a generation can be restored here. Raises `SnapshotError`."""
+def check(path: str, version: str, engine: str, inputs: dict[str, Any]) -> store.Snapshot:
+    """The snapshot of a generation, if it can be restored here; without its lock. Raises `SnapshotError`."""
     try:
         lock = os.open(path + "/lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise SnapshotError(f"damaged: {error.strerror}: {path}/lock") from None
     try:
-        store.read(path, version, engine, lock)
+        snapshot = store.read(path, version, engine, lock)
     except FileNotFoundError as error:
         raise SnapshotError(f"damaged: there is no {error.filename}") from None
     finally:
@@ -73,6 +77,7 @@ def check(path: str, version: str, engine: str, inputs: dict[str, Any]) -> None:
     now = engines.version(engine, inputs["engine_path"])
     if now != inputs["engine_version"]:
         raise SnapshotError(f"made with {engines.title(engine)} {inputs['engine_version']}; here is {now}")
+    return snapshot
 
 
 def in_use(path: str) -> bool:
