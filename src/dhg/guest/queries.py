@@ -72,6 +72,22 @@ to_numpy(empty_table(10).update('x = i'))
 """,
 }
 
+# What most scripts go through, for the rehearsal under emulation: what it runs need not be translated in a clone.
+REHEARSAL = """
+import os
+from deephaven import agg, empty_table, parquet, read_csv
+from deephaven.pandas import to_pandas
+t = empty_table(1000).update(['x = i', f'v = i * {turn}.75']).where('x > 5')
+parquet.write(t, '/tmp/warm.parquet')
+assert parquet.read('/tmp/warm.parquet').select().size == t.size
+os.unlink('/tmp/warm.parquet')
+with open('/tmp/warm.csv', 'w') as file:
+    file.write('sym,price,qty\\n' + ''.join(f'S{i % 5},{i / 7},{i}\\n' for i in range(2000)))
+t = read_csv('/tmp/warm.csv').agg_by([agg.sum_('qty'), agg.avg('price')], by=['sym'])
+print(to_pandas(t).to_string(index=False))
+os.unlink('/tmp/warm.csv')
+"""
+
 # What all rows of a formula go through, whatever the formula: `times` tables of `rows` rows each.
 ROWS = """
 from deephaven import empty_table

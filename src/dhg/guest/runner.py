@@ -356,6 +356,10 @@ def main_vm() -> None:
     if emulated:
         stdio.write_all(control, greeting)
         runner.be_rehearsed()
+        if runner.jvm is not None:
+            warmup.compile_late(lambda text: log(control, text))
+        stdio.write_all(control, greeting)
+        runner.be_rehearsed()
     runner.arrange = shares.ready()
     gc.collect()
     gc.freeze()

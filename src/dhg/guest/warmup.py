@@ -16,7 +16,7 @@ from typing import Any
 
 from . import hotspot, jvm, memory, preview, queries, reseed, script, tlb
 
-#: How often all warm-up scripts are run.
+#: How often all warm-up scripts are run; under emulation the host has them run once more (its snapshot/rehearsal.py).
 PASSES = 2
 #: What does most of its work the first time only (Hadoop's configuration, what Jackson finds out about classes): compiling that took
 #: a third of its first run, and is of no use to a clone. It is early in the order: what others share with it they have compiled.
@@ -37,22 +37,24 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
     script.settle()
     if emulated:
         optimize_loops(runner.finder, log)
-    for number in range(1, PASSES + 1):
+    passes = PASSES - 1 if emulated else PASSES
+    for number in range(1, passes + 1):
         for name, source in queries.WARM_UP.items():
-            log(f"warm-up {number} of {PASSES}: {name}")
+            log(f"warm-up {number} of {passes}: {name}")
             if emulated:
                 jvm.set_flags(hotspot.COMPILE_SELDOM if number == 1 and name in ONCE else hotspot.COMPILE_SOON, log)
             rehearse(runner.finder, name, source, turn=number)
-        if number == PASSES - 1:
+        if number == 1:
             # What was needed once only is given back, and what is used again is read again.
             memory.release_files()
-    if emulated:
-        # The first method that is compiled costs a clone 80 ms, because the compiler itself has to be translated, and a script
-        # that is done within a second does not get it back. What scripts are likely to run has been compiled by now.
-        jvm.set_flags(hotspot.COMPILE_LATE, log)
     rehearse_failure()
     runner.jvm = reseed.Jvm()
     return versions
+
+
+def compile_late(log: Callable[[str], None]) -> None:
+    """From now on HotSpot compiles what runs very often only. What scripts are likely to run has been compiled."""
+    jvm.set_flags(hotspot.COMPILE_LATE, log)
 
 
 def warm_up_bare(runner: Any, log: Callable[[str], None]) -> dict[str, str]:

@@ -24,8 +24,8 @@ TIMES = 3
 def rounds(*, bare: bool) -> list[list[client.Request]]:
     """The requests of each round: after each the guest makes ready and says HELLO. `bare` is a guest without Deephaven."""
     # Other numbers than the warm-up has, as formulas are compiled once.
-    scripts = [] if bare else [f"turn = 3\n{source}".encode() for source in queries.WARM_UP.values()]
-    return [[_request(source) for source in scripts], [_request(source) for source in HELLOS * TIMES]]
+    found = [[] if bare else [_request(f"turn = {turn}\n{queries.REHEARSAL}".encode())] for turn in (2, 3)]
+    return [*found, [_request(source) for source in HELLOS * TIMES]]
 
 
 def _request(source: bytes) -> client.Request:
