@@ -237,9 +237,9 @@ def _start(snapshot: store.Snapshot) -> Vm:
             os.close(state)
     # While QEMU starts; its own files are read at the same time.
     try:
-        readahead.start(f"{snapshot.path}/ram", snapshot.ahead)
         if snapshot.checkpoint:
             readahead.start(snapshot.checkpoint, snapshot.ahead_own)
+        readahead.start(f"{snapshot.path}/ram", snapshot.ahead)
     except BaseException:
         vm.close()
         raise
