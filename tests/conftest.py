@@ -24,7 +24,6 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "DHG_VERSION",
         "DHG_QEMU",
-        "DHG_VM_COMPILE",
         "DHG_VM_RESTORE",
         "DHG_VM_EAGER_UFFD",
         "DHG_VM_MEMORY",

@@ -43,17 +43,6 @@ def engine() -> str | None:
     return check_engine(os.environ["DHG_ENGINE"]) if os.environ.get("DHG_ENGINE") else None
 
 
-def compile_in_guest() -> bool:
-    """Whether scripts are to be compiled in their VMs even where this Python could: `DHG_VM_COMPILE` (guest or host, the default).
-
-    Raises `UsageError` for anything else.
-    """
-    where = os.environ.get("DHG_VM_COMPILE") or "host"
-    if where not in ("guest", "host"):
-        raise UsageError(f"DHG_VM_COMPILE is {where!r}", hint="there are guest and host")
-    return where == "guest"
-
-
 def use_checkpoint() -> bool:
     """Whether a restore may use QEMU's checkpoint: `DHG_VM_RESTORE` (checkpoint, the default, or state).
 

@@ -1,8 +1,7 @@
 """The only place that makes processes. On the hot path: imports `os`, `fcntl` and `select` only.
 
-A program has its own process group, stdin from /dev/null, a minimal environment, and exactly the descriptors it was
-given; a copy of this process (`fork`) has those, too. Every wait has a deadline. Leaving a `Process` is TERM, a grace period, KILL,
-reap.
+A child has its own process group, stdin from /dev/null, a minimal environment, and exactly the descriptors it was
+given. Every wait has a deadline. Leaving a `Process` is TERM, a grace period, KILL, reap.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from .errors import DeadlineExceeded, DhgError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 # The numbers of the `signal` module, whose import builds enums.
 SIGINT, SIGKILL, SIGPIPE, SIGALRM, SIGTERM, SIGCHLD = 2, 9, 13, 14, 15, 17
@@ -167,31 +166,6 @@ def spawn(
     return Process(pid, argv)
 
 
-def fork(work: Callable[[], None], *, fds: Sequence[int]) -> Process:
-    """Do `work` in a copy of this process that has none of our descriptors but `fds`, and ends with it: status 0, or 1 if it raised.
-
-    For programs of one thread. It says nothing, and an interrupt is for us to see to. Raises `OSError` where no process is to be had.
-    """
-    pid = os.fork()
-    if pid:
-        return Process(pid, [work.__name__])
-    status = 1
-    try:
-        import _signal
-
-        for number in (SIGINT, SIGALRM):
-            _signal.signal(number, SIG_IGN)
-        _signal.signal(SIGTERM, SIG_DFL)
-        first = 0
-        for fd in (*sorted(fds), 1 << 20):
-            os.closerange(first, fd)
-            first = fd + 1
-        work()
-        status = 0
-    finally:
-        os._exit(status)
-
-
 # fcntl.h; the module has F_SETOWN but not this one.
 F_SETSIG = 10
 
@@ -230,16 +204,14 @@ def unprivileged_id() -> int:
     return min(largest, 65534)
 
 
-def limit(pid: int, *, address_space_bytes: int, files: bool = True, cpu_s: int | None = None) -> None:
-    """Bound what a child may take: address space, no core; with `files` (a VMM) also no files written, few descriptors; CPU."""
+def limit(pid: int, *, address_space_bytes: int, files: bool = True) -> None:
+    """Bound what a child may take: address space, no core; with `files` (a VMM) also no files written, few descriptors."""
     import resource
 
     limits = [(resource.RLIMIT_AS, address_space_bytes), (resource.RLIMIT_CORE, 0)]
     if files:
         # Room for what it says of itself into the log that it inherits.
         limits += [(resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_NOFILE, 512)]
-    if cpu_s is not None:
-        limits.append((resource.RLIMIT_CPU, cpu_s))
     for kind, value in limits:
         try:
             resource.prlimit(pid, kind, (value, value))

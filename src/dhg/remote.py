@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 #: What of this package the server runs, packages first, each after what it imports.
 SOURCES = (
     "wire/__init__.py",
-    "wire/compiling.py",
     "wire/frames.py",
     "guest/__init__.py",
     "guest/script.py",

@@ -1,4 +1,4 @@
-"""Filters of system calls (seccomp(2), x86-64). On the hot path: imports `struct`'s C part only."""
+"""Filters of system calls (seccomp(2), x86-64)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def program(allowed: Sequence[int], *, threads: bool = False) -> bytes:
     """The filter that refuses (EPERM) all but the calls `allowed`, and but new threads if asked for: BPF instructions (struct
     sock_filter: code, jump if true, jump if false, operand).
 
-    Refused and not killed, which the kernel would log: a SyntaxError looks for the source's file.
+    Refused and not killed, so that a call which the program can do without is not its end.
     """
     one = Struct("=HBBI").pack
     parts = [

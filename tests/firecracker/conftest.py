@@ -84,7 +84,6 @@ def make_snapshot(folder: Path, home: Path, program: str) -> str:
         memory_mib=MEMORY_MIB,
         argv=[program],
         checked=[program],
-        bytecode="",
         own=[(str(path / name), str(path / name)) for name in ("ram", "state")],
     )
     (path / "launch").write_bytes(launch)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import importlib.util
 import os
 import signal
 import socket
@@ -108,8 +107,7 @@ def main() -> None:
     script.settle()
     sys.path[0] = ""
     if BOOT:
-        bytecode = importlib.util.MAGIC_NUMBER.hex()
-        versions = {"python": sys.version.split()[0], "deephaven": "stand-in", "bytecode": bytecode}
+        versions = {"python": sys.version.split()[0], "deephaven": "stand-in"}
         stdio.write_all(control, runner.hello(versions))
     channels.stdin, channels.ends, guest.meet = guest.stdin, guest.ends, channels.meet
     guest.use(channels.meet(-1))

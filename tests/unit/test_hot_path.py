@@ -28,9 +28,7 @@ ALLOWED = {
     "fcntl",
     "select",
     "struct",
-    # By machine.run and proc.limit, when QEMU runs already; so are dhg.compiler and dhg.wire.compiling.
-    "dhg.compiler",
-    "dhg.wire.compiling",
+    # By machine.run and proc.limit, when QEMU runs already.
     "resource",
 }
 

@@ -27,7 +27,6 @@ def make(home: Path, version: str, *, accel: str, cpu: str | None = None) -> Pat
         argv=["/no/vmm"],
         checked=[str(generation / "lock")],
         own=[],
-        bytecode="",
     )
     if cpu is not None:
         data = data.replace(frames.field(store.L_CPU, proc.cpu_model()), frames.field(store.L_CPU, cpu))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import marshal
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +13,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import DEADLINE_S, DHG, Dhg, qemus_of
 
-from dhg import config, machine, proc
-from dhg.snapshot import store
-from dhg.wire import client
+from dhg import config
 
 
 def test_hello(dhg: Dhg) -> None:
@@ -76,58 +70,6 @@ def test_exit_codes_and_traceback(dhg: Dhg, tmp_path: Path) -> None:
     assert dhg("exec", "--vm", "-c", "import sys; sys.exit(7)").returncode == 7
     done = dhg("exec", "--vm", "-c", "raise SystemExit('sorry')")
     assert (done.returncode, done.stderr) == (1, b"sorry\n")
-
-
-def test_it_makes_no_difference_where_a_script_is_compiled(dhg: Dhg, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    for source in (
-        "6 * 7",
-        "def f(x):\n    return 1 / x\n\nprint(f(2))\nprint(f(0))\n",
-        "x = (1,\n  2]\n",
-        "print('größe')\nprint(1 is 1, '\\d')\n",
-        "print(open(__file__).read(), __name__, f'{1=}')\n",
-    ):
-        script.write_text(source)
-        found = [
-            dhg("exec", "--vm", "--json", str(script), env={"DHG_VM_COMPILE": where}) for where in ("host", "guest")
-        ]
-        results = [json.loads(done.stdout) for done in found]
-        for result in results:
-            for name in ("elapsed_ms", "timing", "guest"):
-                del result[name]
-        assert results[0] == results[1]
-        assert [done.stderr for done in found] == [b"", b""]
-    done = dhg("exec", "--vm", "-c", "1", env={"DHG_VM_COMPILE": "nowhere"})
-    assert done.returncode == 2
-    assert done.stderr == b"error: DHG_VM_COMPILE is 'nowhere'\nhint: there are guest and host\n"
-
-
-def test_code_that_comes_with_the_request_is_what_runs() -> None:
-    snapshot = store.open_snapshot()
-    os.close(snapshot.lock)
-    if snapshot.bytecode != importlib.util.MAGIC_NUMBER.hex():
-        pytest.skip(f"the guest's Python has other bytecode than {sys.version.split()[0]}")
-    # Another program than the source, so that it shows.
-    code = marshal.dumps(compile("print('code')", "<string>", "exec"))
-    out: list[bytes] = []
-    with machine.restore() as vm:
-        request = client.Request(b"print('source')", code=lambda: code)
-        result = vm.run(request, stdout=out.append, stderr=out.append, deadline=proc.Deadline(DEADLINE_S))
-    assert (result.exit_code, b"".join(out)) == (0, b"code\n")
-    # And the command line has it compiled here: by a compiler that makes something else of it.
-    command = (
-        "from dhg import compiler\n"
-        "compiler.compiled = lambda source, name: compile('print(\"ours\")', name, 'exec')\n"
-        "compiler.PATIENCE_MS = 20_000.0\n"
-        "from dhg.cli import main\n"
-        "main(['exec', '--vm', '-c', 'print(0)'])\n"
-    )
-    for where, printed in (("host", b"ours\n"), ("guest", b"0\n")):
-        environ = {**os.environ, "DHG_VM_COMPILE": where}
-        done = subprocess.run(
-            [sys.executable, "-c", command], capture_output=True, timeout=DEADLINE_S, env=environ, check=False
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (0, printed, b"")
 
 
 def test_output_streams_as_it_is_printed() -> None:

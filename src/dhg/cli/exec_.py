@@ -14,7 +14,7 @@ from .options import Option, Values, help_text, parse, positive_integer, positiv
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .. import compiler, embedded, remote
+    from .. import embedded, remote
     from . import sharing
 
     #: What a script can run in. Each has `run`, `interrupt`, `usage`, `close`, and says what it is.
@@ -196,7 +196,6 @@ class Run:
     def finish(self, vm: Place, stdout: client.Sink, stderr: client.Sink) -> client.Result:
         """Run the script in it. Raises `DhgError`, KeyboardInterrupt."""
         source, deadline, plan = self._source, self._deadline, self._plan
-        compilation = None
         grace = 0.0
 
         def interrupted(*_: object) -> None:
@@ -214,7 +213,7 @@ class Run:
                 return
             if self._interrupted or deadline is None:
                 raise KeyboardInterrupt
-            # Its source may still be awaited, or whoever compiles it.
+            # Its source may still be awaited.
             _check(deadline, "the script was running" if vm.released else "the script did not run")
 
         _signal.signal(proc.SIGINT, interrupted)
@@ -222,7 +221,7 @@ class Run:
         if deadline is not None:
             _arm(deadline)
         try:
-            # The VMM starts while the source is read and compiled.
+            # The VMM starts while the source is read.
             stdin = 0 if source.leaves_stdin and not _stdin_is_empty() else None
             request = client.Request(
                 source.read(),
@@ -233,7 +232,6 @@ class Run:
                 flags=self.flags,
                 rows=self.rows,
             )
-            compilation = _compilation(vm, request)
             if plan is not None:
                 request.flags |= plan.flags
                 request.file, request.folder, request.mounts = plan.file, plan.folder, plan.mounts
@@ -252,8 +250,6 @@ class Run:
         finally:
             _signal.setitimer(ITIMER_REAL, 0)
             _signal.signal(proc.SIGINT, proc.SIG_IGN)
-            if compilation is not None:
-                compilation.close()
 
     def deliver(self, vm: Place, result: client.Result) -> list[str]:
         """When the VM is gone: put the outputs in place; what is left to say. Raises `DhgError` if they cannot be."""
@@ -297,18 +293,6 @@ def _check(deadline: proc.Deadline, hint: str) -> None:
     # Once: what is cleaned up on the way must not be interrupted.
     _signal.setitimer(ITIMER_REAL, 0)
     raise DeadlineExceeded(f"timed out after {deadline.timeout_s:g} s", hint=hint)
-
-
-def _compilation(vm: Place, request: client.Request) -> compiler.Compilation | None:
-    """Begin to compile the script for a VM that is starting, if that can be done here; the request will bring the code."""
-    if not isinstance(vm, machine.Machine):
-        return None
-    from .. import compiler
-
-    found = compiler.start(request.source, request.filename, vm.snapshot.bytecode)
-    if found is not None:
-        request.code = found.code
-    return found
 
 
 def _server(values: Values) -> remote.Server:

@@ -20,7 +20,6 @@ class Request:
     __slots__ = (
         "args",
         "base_ns",
-        "code",
         "end_mark",
         "entropy",
         "environ",
@@ -49,7 +48,6 @@ class Request:
             self.rows,
             source,
             name,
-            code,
             file,
             folder,
             self.entropy,
@@ -62,8 +60,6 @@ class Request:
         at += source
         self.filename = frames.text(payload[at : at + name]) if name else frames.STRING
         at += name
-        self.code = payload[at : at + code]
-        at += code
         self.file = frames.text(payload[at : at + file]) if file else None
         at += file
         self.folder = frames.text(payload[at : at + folder]) if folder else None

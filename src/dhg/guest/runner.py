@@ -15,8 +15,6 @@ import _socket
 import builtins
 import fcntl
 import gc
-import importlib.util
-import marshal
 import mmap
 import os
 import select
@@ -30,7 +28,7 @@ from _signal import signal as _set_handler
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..wire import compiling, frames
+from ..wire import frames
 from . import exchange, outputs, preview, reseed, script, shares, stdio
 
 if TYPE_CHECKING:
@@ -185,7 +183,6 @@ class Runner:
         ready.filename = request.filename
         ready.args = request.args
         ready.file = request.file
-        ready.code = request.code
         outcome = ready.run()
         tables = exchange.show_tables(request, outcome, self.finder, self.names, out, self.ends[0])
         if request.outputs and outcome.exit_code == 0:
@@ -200,15 +197,14 @@ class Runner:
         """Go the way of a request some times, with output and clock as they would be in a clone.
 
         After it all code on that way is in memory, and specialized by the interpreter (PEP 659), which it does after eight calls.
-        First with sources that are compiled here, then with code.
         """
         out, err, null = os.dup(1), os.dup(2), os.open("/dev/null", os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
         try:
-            for number in range(REHEARSALS):
+            for _ in range(REHEARSALS):
                 request = self._request
-                request.decode(rehearsal(with_code=number >= REHEARSALS // 2))
+                request.decode(rehearsal())
                 self.wake(request)
                 outcome, tables = self.run(request)
                 if outcome.exit_code:
@@ -282,17 +278,14 @@ class Runner:
         stdio.write_all(self.control, exchange.result(outcome, tables, times))
 
 
-def rehearsal(*, with_code: bool) -> bytes:
+def rehearsal() -> bytes:
     """The payload of a request that prints a line, as the host makes it."""
     source = b"print('rehearsal')"
-    code = marshal.dumps(compiling.compiled(source, frames.STRING)) if with_code else b""
     flags = frames.FLAG_TABLES | frames.FLAG_TABLE_META
     times = time.time_ns(), time.monotonic_ns()
     names = b"dhg-rehearse", b"0" * 32
-    head = frames.REQUEST_HEAD.pack(
-        *times, flags, 10, len(source), 0, len(code), 0, 0, os.urandom(64), *names, bytes(16)
-    )
-    return head + source + code
+    head = frames.REQUEST_HEAD.pack(*times, flags, 10, len(source), 0, 0, 0, os.urandom(64), *names, bytes(16))
+    return head + source
 
 
 def log(control: int, text: str) -> None:
@@ -340,8 +333,6 @@ def main_vm() -> None:
     runner = Runner(control, clone=True)
     runner.own_main()
     versions = warmup.warm_up(runner, lambda text: log(control, text))
-    # By which a host whose Python has the same may send code, see compiler.py there.
-    versions["bytecode"] = importlib.util.MAGIC_NUMBER.hex()
     log(control, "rehearsal")
     runner.stdin, runner.ends = attach_ports(channels is None)
     runner.prepare_interrupt()

@@ -11,7 +11,6 @@ import gc
 import io
 import linecache
 import logging
-import marshal
 import mmap
 import os
 import signal
@@ -24,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..wire import frames
-from ..wire.compiling import compiled
 
 #: repr of a result and message of an exception, in what is reported; the text that is printed is never cut.
 MAX_REPORTED = 1 << 20
@@ -49,8 +47,7 @@ class Outcome:
 class Script:
     """One script to be run once. `filename` as given by the user; `<string>` for `-c`, `<stdin>` for `-`.
 
-    `file` is where it is found here, if that is another path or an absolute one: its `__file__`. `code` is what the source becomes
-    when it is compiled, as `marshal` writes it; without, it is compiled here.
+    `file` is where it is found here, if that is another path or an absolute one: its `__file__`.
     """
 
     def __init__(
@@ -61,10 +58,8 @@ class Script:
         names: dict[str, Any],
         *,
         file: str | None = None,
-        code: bytes = b"",
     ) -> None:
         self.source = source
-        self.code = code
         self.filename = filename
         self.args = args
         self.names = names
@@ -113,14 +108,10 @@ class Script:
         _flush_both()
 
     def _execute(self) -> None:
-        if self.code:
-            code = marshal.loads(self.code)
-        elif self.source.strip():
-            code = compiled(self.source, self.filename)
-        else:
+        if not self.source.strip():
             return
         # One expression and nothing else: its value is shown. That of statements is None.
-        value = eval(code, self.names)
+        value = eval(_compiled(self.source, self.filename), self.names)
         if value is not None:
             text = repr(value)
             self.outcome.result_repr = text[:MAX_REPORTED]
@@ -201,6 +192,30 @@ class Script:
                 sys.stderr.write(text)
         except BaseException:
             _say(text)
+
+
+#: What no expression begins with. A look at it spares most scripts of several lines being compiled twice.
+_STATEMENTS = frozenset(b"import from def class for while with try async if".split())
+
+
+def _compiled(source: bytes, filename: str) -> types.CodeType:
+    """The code of a script: where it is one expression and nothing else, that of the expression, whose value is then shown.
+
+    Nothing of it is run. Raises what `compile` does: `SyntaxError`, `ValueError` (NUL bytes), `RecursionError`, `MemoryError`.
+    """
+    if source.split(None, 1)[0] not in _STATEMENTS:
+        # On its own, so that another error is not raised while this SyntaxError is handled and becomes its context.
+        code = _expression(source, filename)
+        if code is not None:
+            return code
+    return compile(source, filename, "exec", dont_inherit=True, optimize=0)
+
+
+def _expression(source: bytes, filename: str) -> types.CodeType | None:
+    try:
+        return compile(source, filename, "eval", dont_inherit=True, optimize=0)
+    except (SyntaxError, ValueError):
+        return None
 
 
 #: Threads that were there before the script.
@@ -299,4 +314,4 @@ def _ours(entry: types.TracebackType) -> bool:
 #: What has bytes that are not yet where they are to be.
 _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom, mmap.mmap)
 
-_FOLDER = os.path.dirname(os.path.dirname(__file__)) + "/"
+_FOLDER = os.path.dirname(__file__) + "/"

@@ -99,7 +99,7 @@ def guest_files() -> dict[str, bytes]:
     """The guest's own files by name in the initramfs: its inits, and the part of this package that runs there."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     names = {"init": "guest/initramfs-init", "dhg/init": "guest/init"}
-    modules = ["__init__.py", "wire/__init__.py", "wire/compiling.py", "wire/frames.py"]
+    modules = ["__init__.py", "wire/__init__.py", "wire/frames.py"]
     modules += sorted(f"guest/{name}" for name in os.listdir(f"{package}/guest") if name.endswith(".py"))
     names |= {f"dhg/lib/dhg/{name}": name for name in modules}
     files = {}

@@ -301,7 +301,6 @@ def _fill(
         memory_mib=spec.memory_mib,
         argv=engines.restore_argv(spec, f"{final}/ram"),
         checked=checked,
-        bytecode=versions.get("bytecode", ""),
         own=[(f"{tmp}/{name}", f"{final}/{name}") for name in own],
         mapped=mapped,
     )

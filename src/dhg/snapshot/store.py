@@ -24,7 +24,7 @@ from ..errors import SnapshotError, SnapshotMissing
 from ..wire import frames
 
 #: Version of `launch` and of the manifest.
-FORMAT = 3
+FORMAT = 4
 
 #: How often a lock is tried, every 10 ms.
 LOCK_TRIES = 1000
@@ -43,7 +43,6 @@ L_AHEAD = 17  # pages of `ram` that every clone touches, see readahead.py
 L_AHEAD_OWN = 21  # pages of `checkpoint` that every clone touches
 L_MAPPED = 19  # "size mtime_ns path" of a file that `checkpoint` maps
 L_HOST = 20  # where it holds, see `host`
-L_BYTECODE = 18  # the magic number of the guest's Python, in hex digits, see compiler.py
 
 
 class Snapshot:
@@ -55,7 +54,6 @@ class Snapshot:
         "ahead_own",
         "argv",
         "base_ns",
-        "bytecode",
         "checkpoint",
         "engine",
         "engine_version",
@@ -79,7 +77,6 @@ class Snapshot:
         engine_version: str = "",
         ahead: bytes = b"",
         ahead_own: bytes = b"",
-        bytecode: str = "",
         checkpoint: str | None = None,
     ) -> None:
         self.path = path
@@ -98,8 +95,6 @@ class Snapshot:
         self.ahead = ahead
         #: The same for `checkpoint`.
         self.ahead_own = ahead_own
-        #: The magic number of the bytecode of the guest's Python, in hex digits.
-        self.bytecode = bytecode
         #: QEMU's process with what it has translated, as a program; None where there is none that fits this host.
         self.checkpoint = checkpoint
 
@@ -254,7 +249,6 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         engine_version = frames.text(found[L_ENGINE_VERSION][0]) if L_ENGINE_VERSION in found else ""
         ahead = found[L_AHEAD][0] if L_AHEAD in found else b""
         ahead_own = found[L_AHEAD_OWN][0] if L_AHEAD_OWN in found else b""
-        bytecode = frames.text(found[L_BYTECODE][0])
         for size, mtime_ns, name in checks:
             seen = stat_check(os.fsdecode(name))
             if seen != (int(size), int(mtime_ns)):
@@ -281,7 +275,6 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         engine_version=engine_version,
         ahead=bytes(ahead),
         ahead_own=bytes(ahead_own),
-        bytecode=bytecode,
         checkpoint=checkpoint,
     )
 
@@ -333,7 +326,6 @@ def launch_bytes(
     argv: list[str],
     checked: list[str],
     own: list[tuple[str, str]],
-    bytecode: str,
     engine_version: str = "",
     mapped: list[str] | None = None,
 ) -> bytes:
@@ -354,10 +346,4 @@ def launch_bytes(
         data += frames.field(L_CPU, proc.cpu_model())
     if engine == "firecracker":
         data += frames.field(L_ENGINE_VERSION, engine_version)
-    return (
-        data
-        + frames.field(L_ACCEL, accel)
-        + frames.field(L_VERSION, version)
-        + frames.field(L_ENGINE, engine)
-        + frames.field(L_BYTECODE, bytecode)
-    )
+    return data + frames.field(L_ACCEL, accel) + frames.field(L_VERSION, version) + frames.field(L_ENGINE, engine)

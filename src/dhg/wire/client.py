@@ -35,12 +35,11 @@ class Request:
     """A script to run.
 
     `environ` are items NAME=VALUE; `stdin` says whether the script gets any; `flags` are those of REQUEST but FLAG_STDIN;
-    `rows` is how many rows of each table are shown. `file`, `folder`, `mounts` and `outputs` are as in REQUEST. `code` is
-    asked for the script's code when the request is sent; it may have none.
+    `rows` is how many rows of each table are shown. `file`, `folder`, `mounts` and `outputs` are as in REQUEST.
     """
 
     __slots__ = (
-        "args", "code", "environ", "file", "filename", "flags", "folder", "mounts", "outputs", "rows", "source", "stdin"
+        "args", "environ", "file", "filename", "flags", "folder", "mounts", "outputs", "rows", "source", "stdin"
     )  # fmt: skip
 
     def __init__(
@@ -57,7 +56,6 @@ class Request:
         folder: str | None = None,
         mounts: tuple[str, ...] = (),
         outputs: tuple[str, ...] = (),
-        code: Callable[[], bytes] | None = None,
     ) -> None:
         self.source = source
         self.filename = filename
@@ -70,7 +68,6 @@ class Request:
         self.folder = folder
         self.mounts = mounts
         self.outputs = outputs
-        self.code = code
 
 
 class Result:
@@ -115,7 +112,6 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
     name = frames.octets("" if request.filename == frames.STRING else request.filename)
     file, folder = frames.octets(request.file or ""), frames.octets(request.folder or "")
     machine_id = os.urandom(16).hex().encode()
-    code = request.code() if request.code else b""
     head = frames.REQUEST_HEAD.pack(
         clock.resumed_ns if clock else time.time_ns(),
         clock.base_ns if clock else 0,
@@ -123,7 +119,6 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
         request.rows,
         len(request.source),
         len(name),
-        len(code),
         len(file),
         len(folder),
         os.urandom(64),
@@ -131,7 +126,7 @@ def encode(request: Request, *, end_mark: bytes, clock: Clock | None = None) -> 
         machine_id,
         end_mark,
     )
-    parts = [head, request.source, name, code, file, folder]
+    parts = [head, request.source, name, file, folder]
     parts += [frames.field(frames.F_ARG, arg) for arg in request.args]
     parts += [frames.field(frames.F_ENV, item) for item in request.environ]
     for key, texts in ((frames.F_MOUNT, request.mounts), (frames.F_OUTPUT, request.outputs)):

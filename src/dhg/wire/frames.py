@@ -25,14 +25,13 @@ The payloads of REQUEST and RESULT begin with a head of their own, and the list 
              8   rows of a table preview
              4   length of the source
              4   length of the file's name; 0: it is <string>
-             4   length of the code; 0: there is none, and the guest compiles the source
              4   length of the script's path in the guest; 0: it lies in no directory that is shared
              4   length of the directory that a script given by path has first on sys.path; 0: none
              64  entropy
              12  host name, dhg- and 8 hex digits
              32  machine id, hex digits
              16  end mark: closes stdout and stderr; ff and 15 random bytes
-             ... source, name of the file, code as `marshal` of the guest's Python writes it, path, directory
+             ... source, name of the file, path, directory
 
 Only control travels in frames. The script's stdin, stdout and stderr have a channel of their own each, and
 carry nothing but the script's bytes (and, at the end of stdout and stderr, the end mark of the request).
@@ -46,14 +45,14 @@ from __future__ import annotations
 from struct import Struct
 
 #: The version of this format; the guest's HELLO carries it, the host refuses another.
-PROTOCOL = 2
+PROTOCOL = 3
 
 MAX_PAYLOAD = 64 * 1024 * 1024
 
 _HEAD = Struct("<B3xI")
 _INT = Struct("<q")
 HEAD_SIZE = _HEAD.size
-REQUEST_HEAD = Struct("<qqqqIIIII64s12s32s16s")
+REQUEST_HEAD = Struct("<qqqqIIII64s12s32s16s")
 RESULT_HEAD = Struct("<qqqq")
 
 #: The file name of a script that is given by -c.
