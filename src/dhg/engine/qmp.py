@@ -272,7 +272,10 @@ def go_on(checkpoint: str, argv: Sequence[str], *, lock: int, memory_mib: int) -
         os.close(log)
         raise
     proc.limit(vm.process.pid, address_space_bytes=memory_mib + OVERHEAD_MIB << 20)
-    vm.qmp.send(CONT)
+    try:
+        vm.qmp.send(CONT)
+    except MachineError:
+        pass  # it has ended already, which whoever waits for it will see
     return vm
 
 
