@@ -7,7 +7,7 @@ import time
 
 from . import config, proc
 from .engine import qmp
-from .errors import DeadlineExceeded, MachineError
+from .errors import DeadlineExceeded, HostError, MachineError
 from .snapshot import readahead, store
 from .wire import client, frames
 
@@ -66,10 +66,16 @@ class Machine:
         self.files_error: str | None = None
         #: When the restore began, on the monotonic clock.
         self.began_ns = self._clock = time.monotonic_ns()
-        self.vm: Vm = (start or _start)(snapshot)
-        self._phase("spawn")
         #: Why the checkpoint could not be used, if it could not.
         self.fallback: str | None = None
+        try:
+            self.vm: Vm = (start or _start)(snapshot)
+        except HostError as error:
+            # One that may not be started, say from a file system without programs (noexec).
+            if start is not None or not snapshot.checkpoint:
+                raise
+            self._start_from_state(str(error), snapshot.lock)
+        self._phase("spawn")
 
     def _phase(self, name: str) -> None:
         now = time.monotonic_ns()
@@ -123,14 +129,16 @@ class Machine:
         limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
             began_ns = time.time_ns() - (time.monotonic_ns() - self._clock)
+            whole = proc.Deadline(limit)
             try:
-                up_ns, *resumed = vm.wait_resumed(deadline=proc.Deadline(limit))
-            except MachineError as error:
+                first = proc.Deadline(limit / 2 if self.snapshot.checkpoint else limit)
+                up_ns, *resumed = vm.wait_resumed(deadline=first)
+            except (MachineError, DeadlineExceeded) as error:
                 if not self.snapshot.checkpoint:
                     raise
                 # A host that has changed in a way that nobody has thought of: the slow way works wherever QEMU does.
-                vm = self._start_from_state(str(error))
-                up_ns, *resumed = vm.wait_resumed(deadline=proc.Deadline(limit))
+                vm = self._start_anew(str(error))
+                up_ns, *resumed = vm.wait_resumed(deadline=whole)
         except (MachineError, DeadlineExceeded) as error:
             if deadline is not None and deadline.left() == 0.0:
                 raise DeadlineExceeded(
@@ -151,16 +159,24 @@ class Machine:
         self._session = session = client.Session(vm.control, vm.stdout, vm.stderr)
         return session
 
-    def _start_from_state(self, why: str) -> Vm:
-        self.fallback, self.snapshot.checkpoint = why, None
-        lock = self.snapshot.lock = store.lock_shared(self.snapshot.path)
+    def _start_anew(self, why: str) -> Vm:
+        """Start QEMU itself in place of a checkpoint that did not go on."""
+        before = self.vm
+        lock = store.lock_shared(self.snapshot.path)
         try:
-            vm = _start(self.snapshot)
+            self._start_from_state(why, lock)
         finally:
             os.close(lock)
-        self.vm.close()
-        self.vm = vm
-        return vm
+        before.close()
+        return self.vm
+
+    def _start_from_state(self, why: str, lock: int) -> None:
+        self.fallback, self.snapshot.checkpoint = why, None
+        given, self.snapshot.lock = self.snapshot.lock, lock
+        try:
+            self.vm = _start(self.snapshot)
+        finally:
+            self.snapshot.lock = given
 
     def _clock_of(self, session: client.Session, deadline: proc.Deadline | None) -> client.Clock:
         before, after = self._resumed

@@ -16,6 +16,7 @@ import fcntl
 import os
 import struct
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import seccomp
@@ -27,12 +28,14 @@ PAGE = 4096
 #: So many zero pages in a row, or fewer, are mapped from the file (where they are holes) with what is around them.
 GAP = 16
 #: Below the main thread's stack, for it to grow.
-STACK_ROOM = 1 << 20
+STACK_ROOM = 8 << 20
 #: Where the program is mapped, and the vdso while everything else is. Programs and libraries are far above.
 ASIDE = 0x1000_0000
 #: Descriptors from here on are the client's business (`qmp`), those below QEMU's own.
 OURS = 200
 TRIES = 50
+#: How much of glibc's struct pthread is looked at.
+PTHREAD = 2048
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x10, 0x20, 0x4000
@@ -53,6 +56,7 @@ NR_READ, NR_OPEN, NR_CLOSE, NR_MMAP, NR_RT_SIGACTION, NR_RT_SIGPROCMASK, NR_MREM
     72,
 )
 NR_CLONE, NR_SETGROUPS, NR_SETRESUID, NR_SETRESGID, NR_PRCTL, NR_ARCH_PRCTL = 56, 116, 117, 119, 157, 158
+NR_RESTART_SYSCALL, NR_EPOLL_CREATE1 = 219, 291
 NR_SET_TID_ADDRESS, NR_SET_ROBUST_LIST, NR_SIGNALFD4, NR_EVENTFD2, NR_SECCOMP, NR_RSEQ, NR_CLOSE_RANGE = (
     218,
     273,
@@ -91,6 +95,8 @@ class Thread(NamedTuple):
     """What a thread needs to go on."""
 
     registers: dict[str, int]
+    #: As `fxsave` writes them.
+    floating: bytes
     blocked: int
     tid_at: int
     robust: tuple[int, int]
@@ -100,7 +106,7 @@ class Thread(NamedTuple):
 def areas(pid: int) -> list[Area]:
     """The mappings of a process, by address."""
     found = []
-    with open(f"/proc/{pid}/maps") as file:
+    with open(f"/proc/{pid}/maps", errors="surrogateescape") as file:
         for line in file:
             words = line.rstrip("\n").split(maxsplit=5)
             begin, end = (int(word, 16) for word in words[0].split("-"))
@@ -166,17 +172,32 @@ def write(pid: int, target: str, *, ram: tuple[int, int], ram_later: str) -> lis
     `ram` is the guest's memory in QEMU's memory (device and inode of the file), `ram_later` the file that takes its place.
     Raises `HostError` where the host does not let us look, `MachineError` if QEMU has something that is not known here.
     """
+    seen: dict[int, dict[str, int]] = {}
     for _ in range(TRIES):
         with ptrace.Stopped(pid) as stopped:
-            threads = [_thread(stopped, tid) for tid in stopped.tids]
+            threads = _threads(stopped, seen)
             if all(threads):
                 return _write(stopped, [thread for thread in threads if thread], target, ram=ram, ram_later=ram_later)
         time.sleep(0.1)
     raise MachineError("a thread of QEMU's does not come to rest")
 
 
-def _thread(stopped: ptrace.Stopped, tid: int) -> Thread | None:
-    """A thread that is in a system call, which it would begin anew; None if it is not in one."""
+def _threads(stopped: ptrace.Stopped, seen: dict[int, dict[str, int]]) -> list[Thread | None]:
+    """The threads, each in a system call that it will begin anew; None for one that is not in any."""
+    starts = [stopped.registers(tid)["fs_base"] for tid in stopped.tids]
+    # glibc's struct pthread, to which fs points, has the thread's number, at the same place in all of them; the kernel clears it
+    # there when the thread ends.
+    places = set(range(0, PTHREAD, 4))
+    for tid, start in zip(stopped.tids, starts, strict=True):
+        words = struct.unpack(f"{PTHREAD // 4}i", stopped.read(start, PTHREAD))
+        places &= {4 * number for number, word in enumerate(words) if word == tid}
+    if len(places) != 1:
+        raise MachineError(f"QEMU's threads have their numbers at {len(places)} places")
+    place = places.pop()
+    return [_thread(stopped, tid, start + place, seen) for tid, start in zip(stopped.tids, starts, strict=True)]
+
+
+def _thread(stopped: ptrace.Stopped, tid: int, tid_at: int, seen: dict[int, dict[str, int]]) -> Thread | None:
     registers = stopped.registers(tid)
     result = registers["rax"] - (1 << 64)
     if registers["orig_rax"] >> 63 or result not in ptrace.RESTARTS:
@@ -185,13 +206,13 @@ def _thread(stopped: ptrace.Stopped, tid: int) -> Thread | None:
         return None
     registers["rip"] -= 2
     registers["rax"] = registers["orig_rax"]
-    # glibc's struct pthread, to which fs points, has the thread's number, and the kernel clears it there when the thread ends.
-    start = registers["fs_base"]
-    words = struct.unpack("512i", stopped.read(start, 2048))
-    places = [start + 4 * place for place, word in enumerate(words) if word == tid]
-    if len(places) != 1:
-        raise MachineError(f"thread {tid} has its number at {len(places)} places")
-    return Thread(registers, stopped.blocked(tid), places[0], ptrace.robust_list(tid), stopped.rseq(tid))
+    if registers["rax"] == NR_RESTART_SYSCALL:
+        # Stopped for the second time in the same wait: the kernel knows for which call, and we from the first time.
+        registers = seen.get(tid, registers)
+    seen[tid] = registers
+    return Thread(
+        registers, stopped.floating(tid), stopped.blocked(tid), tid_at, ptrace.robust_list(tid), stopped.rseq(tid)
+    )
 
 
 class _Memory:
@@ -236,7 +257,7 @@ def _write(
             program.call(NR_CLOSE_RANGE, first, last, 0)
         _take_user(program)
         special = [area for area in mappings if area.path in SPECIAL]
-        vdso = next(area for area in special if area.path == "[vdso]")
+        [vdso] = [area for area in special if area.path == "[vdso]"]
         for area in special:
             _move(program, area, In(R12, area.begin - vdso.begin), ASIDE + area.begin - special[0].begin)
         _map(program, stopped, mappings, _Memory(fd), mapped, ram=ram, ram_later=ram_later)
@@ -293,7 +314,18 @@ def _map(
 ) -> None:
     pagemap = os.open(f"/proc/{stopped.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     own: list[tuple[int, int, int, int]] = []
-    opened = ""
+    opened, hidden = "", 0
+    heap_end = max(area.end for area in mappings if area.path == "[heap]")
+    libc = _with_its_zeros(mappings, "libc.so")
+
+    def read(begin: int, size: int) -> bytes:
+        nonlocal hidden
+        data = stopped.read(begin, size)
+        if begin in libc:
+            data, found = _hide_heap(data, heap_end)
+            hidden += found
+        return data
+
     try:
         for area in mappings:
             if area.path in SPECIAL or area.path == "[vsyscall]":
@@ -317,15 +349,17 @@ def _map(
                 program.call(NR_MMAP, area.begin, size, area.prot, MAP_PRIVATE | MAP_FIXED, 3, area.offset)
                 continue
             if path:
-                own.append((area.begin, size, area.prot, memory.add(stopped.read(area.begin, size))))
+                own.append((area.begin, size, area.prot, memory.add(read(area.begin, size))))
                 continue
             begin = area.begin - STACK_ROOM if area.path == "[stack]" else area.begin
             flags = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE
             program.call(NR_MMAP, begin, area.end - begin, area.prot, flags, -1, 0)
             if changed:
-                own += _anonymous(stopped, area, entries, memory)
+                own += _anonymous(read, area, entries, memory)
     finally:
         os.close(pagemap)
+    if hidden != 1:
+        raise MachineError("glibc does not have the end of the heap where it is looked for")
     program.call(NR_CLOSE, 3)
     program.call(NR_OPEN, b"/proc/self/exe\0", os.O_RDONLY | os.O_CLOEXEC)
     for begin, size, prot, offset in own:
@@ -333,8 +367,34 @@ def _map(
     program.call(NR_CLOSE, 3)
 
 
+def _with_its_zeros(mappings: list[Area], name: str) -> range:
+    """The addresses of a library, with the variables that its file has nothing of."""
+    begin = end = 0
+    for area in mappings:
+        if os.path.basename(area.path).startswith(name):
+            begin, end = begin or area.begin, area.end
+        elif area.begin == end and not area.path:
+            end = area.end
+    return range(begin, end)
+
+
+def _hide_heap(data: bytes, end: int) -> tuple[bytes, int]:
+    """What glibc's variables have, with another end of the heap (__curbrk); how many had it.
+
+    A clone's kernel knows another `brk`, which only a privileged process can set. If glibc asks for more, it is refused, and maps
+    memory from then on. But if it gave something back, it would take the kernel's answer for the end, and the heap for as much
+    smaller. It gives nothing back where the end is not that of the heap (malloc.c: systrim).
+    """
+    word, other = end.to_bytes(8, "little"), (end - 16).to_bytes(8, "little")
+    found = [at for at in range(0, len(data) - 7, 8) if data[at : at + 8] == word]
+    changed = bytearray(data)
+    for at in found:
+        changed[at : at + 8] = other
+    return bytes(changed), len(found)
+
+
 def _anonymous(
-    stopped: ptrace.Stopped, area: Area, entries: memoryview, memory: _Memory
+    read: Callable[[int, int], bytes], area: Area, entries: memoryview, memory: _Memory
 ) -> list[tuple[int, int, int, int]]:
     """Write down what an anonymous mapping has that is not zero; the mappings that bring it back."""
     found = []
@@ -348,7 +408,7 @@ def _anonymous(
         while end < len(there) and there[end]:
             end += 1
         start = area.begin + at * PAGE
-        data = stopped.read(start, (end - at) * PAGE)
+        data = read(start, (end - at) * PAGE)
         for first, last in _runs(data, gap=GAP):
             found.append((start + first, last - first, area.prot, memory.add(data[first:last])))
         at = end
@@ -369,6 +429,9 @@ def _descriptors(program: Program, pid: int, *, ram: tuple[int, int], ram_later:
         if what == "anon_inode:[eventfd]":
             flags &= os.O_CLOEXEC | os.O_NONBLOCK
             program.call(NR_EVENTFD2, int(info["eventfd-count"], 16), flags)
+        elif what == "anon_inode:[eventpoll]" and "tfd" not in info:
+            # Made where io_uring may not be used, and left empty as long as there are few descriptors.
+            program.call(NR_EPOLL_CREATE1, flags & os.O_CLOEXEC)
         elif what == "anon_inode:[signalfd]":
             mask = struct.pack("<Q", int(info["sigmask"], 16))
             program.call(NR_SIGNALFD4, -1, mask, 8, flags & (os.O_CLOEXEC | os.O_NONBLOCK))
@@ -433,4 +496,6 @@ def _go_on(program: Program, thread: Thread) -> None:
         address, size, signature = thread.rseq
         program.call(NR_RSEQ, address, size, 0, signature, check=False)
     program.call(NR_RT_SIGPROCMASK, 2, struct.pack("<Q", thread.blocked), 0, 8)
+    program.set(R14, thread.floating)
+    program.add(b"\x41\x0f\xae\x0e")  # fxrstor [r14]
     program.go_on(thread.registers)

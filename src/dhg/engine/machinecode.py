@@ -153,5 +153,5 @@ def elf(code: bytes, base: int) -> bytes:
     return (head + segment).ljust(HEAD, b"\0") + code
 
 
-#: The size of an ELF header and one program header.
-HEAD = 64 + 56
+#: The size of an ELF header and one program header, and up to the next multiple of 16, so that data are where `data` has them.
+HEAD = 64 + 56 + 8

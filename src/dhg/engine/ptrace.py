@@ -12,7 +12,7 @@ from ..errors import HostError, MachineError
 
 SEIZE, INTERRUPT, GETREGSET, SETREGSET, GETSIGMASK, GET_RSEQ = 0x4206, 0x4207, 0x4204, 0x4205, 0x420A, 0x420F
 SINGLESTEP, DETACH = 9, 17
-NT_PRSTATUS = 1
+NT_PRSTATUS, NT_PRFPREG = 1, 2
 WALL = 0x4000_0000
 #: struct user_regs_struct (sys/user.h).
 REGISTERS = (
@@ -116,6 +116,12 @@ class Stopped:
     def _regset(self, tid: int) -> bytes:
         buffer = ctypes.create_string_buffer(27 * 8)
         _ptrace(GETREGSET, tid, NT_PRSTATUS, ctypes.byref(_iovec(buffer)))
+        return buffer.raw
+
+    def floating(self, tid: int) -> bytes:
+        """The registers for floating point and vectors, the lower halves, as `fxsave` writes them."""
+        buffer = ctypes.create_string_buffer(512)
+        _ptrace(GETREGSET, tid, NT_PRFPREG, ctypes.byref(_iovec(buffer)))
         return buffer.raw
 
     def _set_regset(self, tid: int, data: bytes) -> None:

@@ -108,9 +108,16 @@ class Vm:
     __slots__ = ("_leash", "_log", "_stopped", "control", "files", "process", "qmp", "stderr", "stdin", "stdout")
 
     def __init__(
-        self, argv: Sequence[str], *, extra: dict[int, int], log: int = -1, checkpoint: str | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        extra: dict[int, int],
+        log: int = -1,
+        checkpoint: str | None = None,
+        change_user: bool = True,
     ) -> None:
-        """With `checkpoint` that program is started instead of QEMU itself; it waits for the user that it is to run as."""
+        """With `checkpoint` that program is started instead of QEMU itself; it waits for the user that it is to run as. Without
+        `change_user` QEMU stays root, if we are: for what is run in `prepare` only."""
         self._log = log
         self._stopped = checkpoint is not None
         ours: list[_socket.socket] = []
@@ -127,7 +134,7 @@ class Vm:
         process = None
         try:
             if checkpoint is None:
-                command, said, env = [*argv, *confinement()], GO, proc.minimal_env(ENVIRON)
+                command, said, env = [*argv, *confinement(change_user=change_user)], GO, proc.minimal_env(ENVIRON)
             else:
                 command, said, env = list(argv), proc.unprivileged_id().to_bytes(8, "little"), {}
             self.process = process = proc.spawn(command, fds=theirs, env=env, program=checkpoint)
@@ -176,8 +183,8 @@ class Vm:
         self.close()
 
 
-def confinement() -> list[str]:
-    """The arguments that confine a QEMU started by this process: its seccomp filter, and as root another user.
+def confinement(*, change_user: bool = True) -> list[str]:
+    """The arguments that confine a QEMU started by this process: its seccomp filter, and as root (with `change_user`) another user.
 
     QEMU opens its files before it changes user, so they may be root's own. The filter denies new programs in any case;
     elevateprivileges=deny would also deny the change of user (QEMU 7.2 dies of it), and is not needed after it: without
@@ -185,7 +192,7 @@ def confinement() -> list[str]:
     """
     uid = proc.unprivileged_id()
     sandbox = "on,obsolete=deny,spawn=deny,resourcecontrol=deny"
-    if uid:
+    if uid and change_user:
         return ["-sandbox", sandbox, "-runas", f"{uid}:{uid}"]
     return ["-sandbox", sandbox + ",elevateprivileges=deny"]
 

@@ -58,8 +58,6 @@ def python(cells: Cells) -> None:
     if struct.pack(f"<{_WORDS}I", *found[:-1]) != wanted or found[-1] != _WORDS:
         raise RuntimeError("CPython's random has its state elsewhere than expected")
     cells.add("random", state)
-    # A generator of its own, made at the first use of tempfile: the next use makes another.
-    vars(tempfile)["_name_sequence"] = None
     try:
         import numpy
     except ImportError:
@@ -72,6 +70,11 @@ def python(cells: Cells) -> None:
     if legacy.get_state(legacy=False)["state"]["key"].tobytes() != wanted:
         raise RuntimeError("NumPy's generator has its state elsewhere than expected")
     cells.add("numpy.random", state)
+
+
+def forget() -> None:
+    """Drop what cannot be overwritten, right before the freeze: the generator of tempfile's names; its next use makes another."""
+    vars(tempfile)["_name_sequence"] = None
 
 
 class Jvm:

@@ -371,6 +371,9 @@ def main_vm() -> None:
         # Once more: a file's page that was dropped and read again lies elsewhere, and is to be translated anew.
         stdio.write_all(control, greeting)
         runner.be_rehearsed()
+        if runner.jvm is not None:
+            runner.jvm.check()
+    reseed.forget()
     log(control, "waiting for a quiet moment")
     # So that it is not a clone that comes to the number of new objects at which Python looks for garbage.
     gc.collect()

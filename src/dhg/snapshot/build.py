@@ -406,11 +406,11 @@ def _try(path: str, version: str, engine: str, progress: Progress) -> None:
     try:
         snapshot = store.read(path, version, engine, lock)
         if snapshot.checkpoint:
-            with Machine(snapshot) as machine:
-                machine.measure_base(rounds=1, timeout_s=120.0)
-            if machine.fallback:
-                progress("checkpoint", f"not used: {machine.fallback}")
+            why = _fails(snapshot)
+            if why:
+                progress("checkpoint", f"not used: {why}")
                 _drop_checkpoint(path)
+                snapshot.checkpoint = None
         with ThreadPoolExecutor(2) as beside:
             one, two = beside.map(_draw, [snapshot, snapshot])
         same = [str(number) for number, (left, right) in enumerate(zip(one, two, strict=True)) if left == right]
@@ -435,6 +435,17 @@ def _try(path: str, version: str, engine: str, progress: Progress) -> None:
     _write(f"{path}/launch.tmp", launch)
     os.rename(f"{path}/launch.tmp", f"{path}/launch")
     sync_dir(path)
+
+
+def _fails(snapshot: store.Snapshot) -> str | None:
+    """Why the checkpoint of a snapshot does not do, if it does not."""
+    output: list[bytes] = []
+    try:
+        with Machine(snapshot) as machine:
+            machine.run(client.Request(b"1"), stdout=output.append, stderr=output.append, deadline=proc.Deadline(120.0))
+            return machine.fallback
+    except DhgError as error:
+        return str(error)
 
 
 def _drop_checkpoint(path: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .. import proc
 from ..engine import checkpoint, firecracker, probe, qemu, qmp
-from ..errors import HostError, MachineError
+from ..errors import DhgError, HostError
 from ..image import build as image
 from ..wire import client
 from . import rehearsal, scratch
@@ -180,7 +181,7 @@ def _rehearse(
         place = f"{folder}/checkpoint"
         try:
             mapped = checkpoint.write(vm.process.pid, place, ram=checkpoint.file_of(memory), ram_later=f"{final}/ram")
-        except (HostError, MachineError) as error:
+        except (DhgError, OSError, LookupError, ValueError, struct.error) as error:
             # It does without, and each clone translates anew what it runs.
             note(f"none: {error}")
             mapped = []
