@@ -40,32 +40,16 @@ PTHREAD = 2048
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x10, 0x20, 0x4000
 MREMAP = 1 | 2  # MAYMOVE, FIXED
+MADV_RANDOM = 1
 # proc(5), pagemap.
 PRESENT, SWAPPED, OF_FILE = 1 << 63, 1 << 62, 1 << 61
 SPECIAL = ("[vvar]", "[vvar_vclock]", "[vdso]")
 # x86-64's numbers of system calls.
-NR_READ, NR_OPEN, NR_CLOSE, NR_MMAP, NR_RT_SIGACTION, NR_RT_SIGPROCMASK, NR_MREMAP, NR_DUP, NR_FCNTL = (
-    0,
-    2,
-    3,
-    9,
-    13,
-    14,
-    25,
-    32,
-    72,
-)
+NR_READ, NR_OPEN, NR_CLOSE, NR_MMAP, NR_RT_SIGACTION, NR_RT_SIGPROCMASK = 0, 2, 3, 9, 13, 14
+NR_MREMAP, NR_MADVISE, NR_DUP, NR_FCNTL = 25, 28, 32, 72
 NR_CLONE, NR_SETGROUPS, NR_SETRESUID, NR_SETRESGID, NR_PRCTL, NR_ARCH_PRCTL = 56, 116, 117, 119, 157, 158
-NR_RESTART_SYSCALL, NR_EPOLL_CREATE1 = 219, 291
-NR_SET_TID_ADDRESS, NR_SET_ROBUST_LIST, NR_SIGNALFD4, NR_EVENTFD2, NR_SECCOMP, NR_RSEQ, NR_CLOSE_RANGE = (
-    218,
-    273,
-    289,
-    290,
-    317,
-    334,
-    436,
-)
+NR_SET_TID_ADDRESS, NR_RESTART_SYSCALL, NR_SET_ROBUST_LIST, NR_SIGNALFD4, NR_EVENTFD2 = 218, 219, 273, 289, 290
+NR_EPOLL_CREATE1, NR_SECCOMP, NR_RSEQ, NR_CLOSE_RANGE = 291, 317, 334, 436
 #: CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID, CHILD_SETTID: what glibc gives a thread.
 CLONE_THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x80000 | 0x100000 | 0x200000 | 0x1000000
 PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 15, 38
@@ -365,6 +349,13 @@ def _map(
     for begin, size, prot, offset in own:
         program.call(NR_MMAP, begin, size, prot, MAP_PRIVATE | MAP_FIXED, 3, offset)
     program.call(NR_CLOSE, 3)
+    # To see which pages are used no others may be read with them.
+    alone = Program(0)
+    for begin, size in [(area.begin, area.end - area.begin) for area in mappings if area.file == ram]:
+        alone.call(NR_MADVISE, begin, size, MADV_RANDOM)
+    for begin, size, _, _ in own:
+        alone.call(NR_MADVISE, begin, size, MADV_RANDOM)
+    program.where(b"\x49\x0f\xba\xf5" + bytes((qmp.RECORD_BIT,)), b"\x83", alone)  # btr r13, bit; jnc
 
 
 def _with_its_zeros(mappings: list[Area], name: str) -> range:

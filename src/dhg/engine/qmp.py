@@ -32,6 +32,9 @@ CHANNELS = (
 )
 
 
+#: In the word that a checkpoint gets: see `go_on`.
+RECORD_BIT = 62
+
 #: The channel that QEMU learns of last, as a file of `-readconfig`.
 GO = b'[chardev "%s"]\nbackend = "socket"\nfd = "%d"\n' % (CHANNELS[-1][0].encode(), CHANNELS[-1][1])
 
@@ -115,6 +118,7 @@ class Vm:
         log: int = -1,
         checkpoint: str | None = None,
         change_user: bool = True,
+        record: bool = False,
     ) -> None:
         """With `checkpoint` that program is started instead of QEMU itself; it waits for the user that it is to run as. Without
         `change_user` QEMU stays root, if we are: for what is run in `prepare` only."""
@@ -136,7 +140,8 @@ class Vm:
             if checkpoint is None:
                 command, said, env = [*argv, *confinement(change_user=change_user)], GO, proc.minimal_env(ENVIRON)
             else:
-                command, said, env = list(argv), proc.unprivileged_id().to_bytes(8, "little"), {}
+                word = proc.unprivileged_id() | (1 << RECORD_BIT if record else 0)
+                command, said, env = list(argv), word.to_bytes(8, "little"), {}
             self.process = process = proc.spawn(command, fds=theirs, env=env, program=checkpoint)
             proc.kill_with_us(process.pid, leash)
             os.write(go, said)
@@ -267,14 +272,14 @@ def start(argv: Sequence[str], *, state: int, lock: int, memory_mib: int) -> Vm:
     return vm
 
 
-def go_on(checkpoint: str, argv: Sequence[str], *, lock: int, memory_mib: int) -> Vm:
+def go_on(checkpoint: str, argv: Sequence[str], *, lock: int, memory_mib: int, record: bool = False) -> Vm:
     """Start the program `checkpoint`, a QEMU whose VM was stopped (see that module), and have the VM go on; does not wait.
 
-    `argv` is what it is called.
+    `argv` is what it is called. With `record` the kernel reads single pages only of the files that are mapped.
     """
     log = os.memfd_create("dhg-qemu-log")
     try:
-        vm = Vm(argv, extra={FD_LOCK: lock, 1: log, 2: log}, log=log, checkpoint=checkpoint)
+        vm = Vm(argv, extra={FD_LOCK: lock, 1: log, 2: log}, log=log, checkpoint=checkpoint, record=record)
     except BaseException:
         os.close(log)
         raise

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .. import __version__, config, proc
-from ..engine import firecracker, probe, qemu
+from ..engine import firecracker, probe, qemu, qmp
 from ..errors import DeadlineExceeded, DhgError, HostError, ProtocolError, SnapshotError
 from ..files import locked, private_dir, remove_tree, sha256, sync_dir
 from ..image import build as image
@@ -495,13 +495,25 @@ def _draw(snapshot: store.Snapshot) -> list[bytes]:
 
 def _touched(snapshot: store.Snapshot) -> tuple[bytes, bytes]:
     """The pages of `ram` and `checkpoint` that a script touches which does next to nothing."""
+    ram, checkpoint = f"{snapshot.path}/ram", snapshot.checkpoint
+    if checkpoint:
+        readahead.forget(ram)
+        readahead.forget(checkpoint)
     output: list[bytes] = []
-    with Machine(snapshot) as machine:
+    with Machine(snapshot, _record if checkpoint else None) as machine:
         request = client.Request(b"print('hello')")
         machine.run(request, stdout=output.append, stderr=output.append, deadline=proc.Deadline(120.0))
-        pid, checkpoint = machine.vm.process.pid, snapshot.checkpoint
-        own = readahead.record(pid, checkpoint) if checkpoint else b""
-        return readahead.record(pid, f"{snapshot.path}/ram"), own
+        if checkpoint:
+            return readahead.cached(ram), readahead.cached(checkpoint)
+        return readahead.record(machine.vm.process.pid, ram), b""
+
+
+def _record(snapshot: store.Snapshot) -> qmp.Vm:
+    """Go on from a checkpoint so that what is in the page cache afterwards is what was used."""
+    assert snapshot.checkpoint
+    return qmp.go_on(
+        snapshot.checkpoint, snapshot.argv, lock=snapshot.lock, memory_mib=snapshot.memory_mib, record=True
+    )
 
 
 #: What a typical script touches: an import, a table with a formula, an aggregation, a preview.
