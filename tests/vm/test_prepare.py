@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import DEADLINE_S, DHG, Completed, qemus_of, run_dhg, share_stages
+
+from dhg import seccomp
 
 PREPARE = (DHG, "vm", "prepare", "--bare", "--force")
 
@@ -174,3 +179,60 @@ def test_a_host_without_memory_takes_the_vm_not_the_client(home: Path) -> None:
     assert done.stderr.startswith(b"error: the VM ended while the script ran\n")
     assert qemus_of(home) == []
     assert hello(home).stdout == b"hello\n"
+
+
+def without_ptrace() -> None:
+    """Take ptrace away from this process and its children, as some containers do (seccomp(2): EPERM)."""
+    one = struct.Struct("=HBBI").pack
+    load, equal, back = seccomp.LOAD, seccomp.JUMP_EQUAL, seccomp.RETURN
+    code = one(load, 0, 0, seccomp.NUMBER) + one(equal, 0, 1, 101)
+    code += one(back, 0, 0, seccomp.RET_ERRNO | seccomp.EPERM) + one(back, 0, 0, seccomp.RET_ALLOW)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    fprog = ctypes.create_string_buffer(struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer)))
+    prctl = ctypes.CDLL(None).prctl
+    prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+    assert prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    assert prctl(22, 2, ctypes.addressof(fprog), 0, 0) == 0  # PR_SET_SECCOMP
+
+
+def test_a_host_that_forbids_ptrace_does_without_a_checkpoint(tmp_path: Path) -> None:
+    share_stages(tmp_path)
+    env = {**os.environ, "DHG_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*PREPARE, "--accel", "tcg"],
+        env=env,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        preexec_fn=without_ptrace,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"checkpoint: none: ptrace" in done.stderr
+    assert not os.path.exists(tmp_path / "snapshots" / "bare" / "qemu" / "checkpoint")
+    assert hello(tmp_path).stdout == b"hello\n"
+    findings = json.loads(run_dhg("doctor", "--json", env={"DHG_HOME": str(tmp_path)}).stdout)["findings"]
+    assert any("there is no checkpoint of QEMU" in finding["text"] for finding in findings)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a file system that has no programs")
+def test_a_home_without_programs_does_without_a_checkpoint(tmp_path: Path) -> None:
+    share_stages(tmp_path)
+    cache = os.path.realpath(tmp_path / "cache")
+    home = tmp_path / "mounted"
+    home.mkdir()
+    script = f"""set -e
+mount -t tmpfs -o noexec,size=1g,mode=700 dhg {home}
+ln -s {cache} {home}/cache
+{DHG} vm prepare --bare --accel tcg
+{DHG} exec --vm --version bare -c "print('hello')"
+"""
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        env={**os.environ, "DHG_HOME": str(home)},
+        capture_output=True,
+        timeout=2 * DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.endswith(b"hello\n")
+    assert b"checkpoint: not used: cannot start" in done.stderr

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import seccomp
-from ..errors import MachineError
+from ..errors import HostError, MachineError
 from . import ptrace, qmp
 from .machinecode import BASE, HEAD, R12, R13, R14, RAX, RSP, In, Program, elf
 
@@ -156,6 +156,8 @@ def write(pid: int, target: str, *, ram: tuple[int, int], ram_later: str) -> lis
     `ram` is the guest's memory in QEMU's memory (device and inode of the file), `ram_later` the file that takes its place.
     Raises `HostError` where the host does not let us look, `MachineError` if QEMU has something that is not known here.
     """
+    if os.uname().machine != "x86_64":
+        raise HostError("checkpoints are programs for x86-64")
     seen: dict[int, dict[str, int]] = {}
     for _ in range(TRIES):
         with ptrace.Stopped(pid) as stopped:

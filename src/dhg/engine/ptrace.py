@@ -91,7 +91,12 @@ class Stopped:
             try:
                 _ptrace(DETACH, tid)
             except HostError:
-                pass  # it has ended
+                # It has ended; or it runs, as it did not stop in time, and would stay traced.
+                try:
+                    _await_stop(tid)
+                    _ptrace(DETACH, tid)
+                except (HostError, MachineError):
+                    pass
         if self._memory >= 0:
             os.close(self._memory)
             self._memory = -1

@@ -5,6 +5,7 @@
         launch         what a restore needs (below), written last but for the link
         manifest.json  every input and checksum, for `dhg vm status` and people
         ram, state     guest memory (sparse) and device state
+        checkpoint     QEMU's process, as a program (engine/checkpoint.py)
         kernel         the head of the kernel that the guest was booted with
         lock           held shared by every VM of this generation, also by the VMM itself
         console.log    the guest's console during prepare
