@@ -135,15 +135,26 @@ def _home() -> Finding:
     while not os.path.isdir(place):
         place = os.path.dirname(place)
     if not os.access(place, os.W_OK):
-        # QEMU opens the memory of a snapshot for writing, though it maps it private.
-        text = f"{home} cannot be written; `dhg vm prepare` and QEMU need that"
-        return Finding("home", "bad", text, "set DHG_HOME to a directory that can")
+        # QEMU opens the memory of a snapshot for writing, though it maps it private; a checkpoint does not.
+        restorable = _has_checkpoint()
+        text = f"{home} cannot be written; `dhg vm prepare` {'needs' if restorable else 'and QEMU need'} that"
+        return Finding("home", "note" if restorable else "bad", text, "set DHG_HOME to a directory that can")
     free = shutil.disk_usage(place).free
     needed_mib = build.room_mib(config.DEFAULT_DEEPHAVEN, config.DEFAULT_MEMORY_MIB)
     if free >> 20 < needed_mib:
         text = f"{home}: {free >> 20} MiB free; `dhg vm prepare` takes {needed_mib}"
         return Finding("home", "note", text, "free some, or set DHG_HOME")
     return Finding("home", "ok", f"{home}: {free >> 30} GiB free")
+
+
+def _has_checkpoint() -> bool:
+    """Whether the snapshot that `dhg exec --vm` takes by itself has one that fits."""
+    try:
+        snapshot = store.open_snapshot()
+    except DhgError:
+        return False
+    os.close(snapshot.lock)
+    return snapshot.checkpoint is not None
 
 
 def _memory() -> Finding:

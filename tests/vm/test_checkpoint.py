@@ -179,3 +179,39 @@ def test_the_way_can_be_chosen(snapshot: store.Snapshot, monkeypatch: pytest.Mon
     done = dhg("exec", "--vm", "-c", "1", env={"DHG_VM_RESTORE": "quickly"})
     assert done.returncode == 2
     assert b"DHG_VM_RESTORE is 'quickly'" in done.stderr
+
+
+MANY_READS = b"""
+import os, sys, threading, time
+files = [f"{folder}/{name}" for folder, _, names in os.walk("/usr/lib") for name in names]
+until = time.monotonic() + 4
+total = 0
+def read(mine):
+    global total
+    for path in mine:
+        if os.path.isfile(path) and time.monotonic() < until:
+            with open(path, "rb") as file:
+                while data := file.read(1 << 20):
+                    total += len(data)
+threads = [threading.Thread(target=read, args=(files[first::16],)) for first in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+for _ in range(20):
+    sys.stdout.buffer.write(b"x" * 1_000_000)
+print(total > 20_000_000)
+"""
+
+
+def test_it_takes_new_threads_and_memory(snapshot: store.Snapshot) -> None:
+    # QEMU makes threads for what the guest reads of its disk, and its heap grows.
+    out = bytearray()
+    with machine.restore(engine="qemu") as vm:
+        result = vm.run(client.Request(MANY_READS), stdout=out.extend, stderr=out.extend, deadline=proc.Deadline(90))
+        assert result.exit_code == 0, bytes(out[-500:])
+        with open(f"/proc/{vm.vm.process.pid}/status") as file:
+            threads = next(int(line.split()[1]) for line in file if line.startswith("Threads:"))
+        assert vm.fallback is None
+    assert out == b"x" * 20_000_000 + b"True\n"
+    assert threads > 4
