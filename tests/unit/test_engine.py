@@ -22,7 +22,7 @@ SPEC = qemu.Spec("/usr/bin/qemu-system-x86_64", "tcg", 2048, 1, "/k", "/i", "/s/
 RESTORE = """
 /usr/bin/qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot
 -M microvm,rtc=on,memory-backend=ram,acpi=on,isa-serial=on,auto-kernel-cmdline=off,mem-merge=off,dump-guest-core=off
--accel tcg,tb-size=256 -cpu max,-erms,-fsrm,-la57
+-accel tcg,tb-size=256 -cpu max,-erms,-fsrm,-la57,-rdrand,-rdseed
 -smp 1 -m 2048M -object memory-backend-file,id=ram,size=2048M,mem-path=/s/ram,share=off -kernel /s/kernel -append
 """
 

@@ -100,7 +100,7 @@ def test_a_disk_that_fills_up_meanwhile(home: Path, tmp_path: Path) -> None:
         pytest.skip("mounting a small tmpfs takes root")
     small = tmp_path / "small"
     small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800M,mode=700", "dhg-test", small], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900M,mode=700", "dhg-test", small], check=True)
     try:
         target = small / "home"
         share_stages(target)
@@ -109,7 +109,9 @@ def test_a_disk_that_fills_up_meanwhile(home: Path, tmp_path: Path) -> None:
             assert process.stderr is not None
             said = b""
             while b"boot" not in said:
-                said += process.stderr.readline()
+                line = process.stderr.readline()
+                assert line, said
+                said += line
             with open(small / "filler", "wb") as file:
                 try:
                     while True:

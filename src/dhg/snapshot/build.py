@@ -170,6 +170,7 @@ def _prepare(
         "runner": runner,
         "image": os.path.basename(root),
         "host_cpu": proc.cpu_model() if accel == "kvm" else "",
+        "checkpoint": engines.checkpoint_sources() if accel == "tcg" else "",
     }
     with locked(f"{folder}/.prepare-lock"):
         link = f"{folder}/{engine}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .. import proc
-from ..engine import checkpoint, firecracker, probe, qemu, qmp
+from .. import proc, seccomp
+from ..engine import checkpoint, firecracker, machinecode, probe, ptrace, qemu, qmp
 from ..errors import DhgError, HostError
 from ..image import build as image
 from ..wire import client
@@ -47,6 +48,15 @@ def title(engine: str) -> str:
 def kernel_args(engine: str, accel: str) -> str:
     """The kernel's command line but for what depends on the host."""
     return firecracker.KERNEL_ARGS if engine == "firecracker" else qemu.command_line(accel)
+
+
+def checkpoint_sources() -> str:
+    """What stands for the code that makes a checkpoint: the SHA-256 of its sources."""
+    digest = hashlib.sha256()
+    for module in (checkpoint, machinecode, ptrace, seccomp, rehearsal):
+        with open(str(module.__file__), "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def require_kvm(base: str, *, insist: bool = False) -> str:
