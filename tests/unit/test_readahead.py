@@ -109,14 +109,13 @@ def test_records_what_a_process_touched(tmp_path: Path) -> None:
     assert readahead.record(os.getpid(), str(tmp_path / "another")) == b""
 
 
-def test_what_is_used_alone_is_what_is_cached_afterwards(tmp_path: Path) -> None:
+def test_of_a_file_that_was_forgotten_what_is_mapped_is_what_was_used(tmp_path: Path) -> None:
     path = file_of(tmp_path, 1000)
     drop(path)
     readahead.forget(str(path))
-    assert readahead.cached(str(path)) == b""
     used = [3, 500, 999]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as area:
         area.madvise(mmap.MADV_RANDOM)
         for page in used:
             area[page * PAGE]
-    assert ranges(readahead.cached(str(path))) == [(page, 1) for page in used]
+        assert ranges(readahead.record(os.getpid(), str(path))) == [(page, 1) for page in used]

@@ -504,13 +504,12 @@ def _touched(snapshot: store.Snapshot) -> tuple[bytes, bytes]:
     with Machine(snapshot, _record if checkpoint else None) as machine:
         request = client.Request(b"print('hello')")
         machine.run(request, stdout=output.append, stderr=output.append, deadline=proc.Deadline(120.0))
-        if checkpoint:
-            return readahead.cached(ram), readahead.cached(checkpoint)
-        return readahead.record(machine.vm.process.pid, ram), b""
+        pid = machine.vm.process.pid
+        return readahead.record(pid, ram), readahead.record(pid, checkpoint) if checkpoint else b""
 
 
 def _record(snapshot: store.Snapshot) -> qmp.Vm:
-    """Go on from a checkpoint so that what is in the page cache afterwards is what was used."""
+    """Go on from a checkpoint so that no page is read, and so none is mapped, because another one is used."""
     assert snapshot.checkpoint
     return qmp.go_on(
         snapshot.checkpoint, snapshot.argv, lock=snapshot.lock, memory_mib=snapshot.memory_mib, record=True

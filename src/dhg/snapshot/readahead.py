@@ -81,7 +81,8 @@ def _cached(fd: int, page: int) -> bool:
 
 
 def record(pid: int, path: str) -> bytes:
-    """The pages of the file `path` that the process `pid` has mapped and touched (in steps of the kernel's fault-around, 64 KiB).
+    """The pages of the file `path` that the process `pid` has mapped: those that it has touched, and those around them that were in
+    the page cache then (the kernel's fault-around, 64 KiB).
 
     Empty where the kernel does not let us look.
     """
@@ -109,22 +110,6 @@ def forget(path: str) -> None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
-
-
-def cached(path: str) -> bytes:
-    """The pages of the file `path` that are in the page cache. Raises `OSError`."""
-    import ctypes
-    import mmap
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as area:
-        vector = ctypes.create_string_buffer(-(-len(area) // PAGE))
-        start = ctypes.addressof(held := ctypes.c_char.from_buffer(area))
-        failed = libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(area)), vector)
-        del held
-        if failed:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
-    return pack([number for number, entry in enumerate(vector.raw) if entry & 1])
 
 
 def pack(touched: Sequence[int]) -> bytes:
