@@ -9,6 +9,7 @@ A list is bytes: pairs of first page and count, unsigned 32 bit little-endian, a
 
 from __future__ import annotations
 
+import _thread
 import os
 
 TYPE_CHECKING = False
@@ -41,18 +42,32 @@ def start(path: str, pages: bytes) -> bool:
         return False
     try:
         before = _io()
-        if all(_cached(fd, _entry(pages, number * count // PROBES)[0]) for number in range(PROBES)) and _io() == before:
-            return False
-        for number in range(count):
+        there = (
+            all(_cached(fd, _entry(pages, number * count // PROBES)[0]) for number in range(PROBES)) and _io() == before
+        )
+        if not there:
+            # Beside: where the disk has much to do the kernel lets whoever asks for more wait.
+            _thread.start_new_thread(_ask, (fd, pages))
+            fd = -1
+    except (OSError, RuntimeError):
+        return False
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return not there
+
+
+def _ask(fd: int, pages: bytes) -> None:
+    try:
+        for number in range(len(pages) // ENTRY):
             first, length = _entry(pages, number)
             for page in range(first, first + length, STEP):
                 size = min(STEP, first + length - page)
                 os.posix_fadvise(fd, page * PAGE, size * PAGE, os.POSIX_FADV_WILLNEED)
     except OSError:
-        return False
+        pass
     finally:
         os.close(fd)
-    return True
 
 
 def _entry(pages: bytes, number: int) -> tuple[int, int]:
