@@ -35,10 +35,10 @@ COMPILE_LOOPS = {
 #: Compile what runs very often, with C1. HotSpot looks at the numbers every so many calls, as a power of two, and then compiles what
 #: is trivial (it returns a field) whatever they are. How often is written into a method at its first call. HotSpot's own is 7.
 COMPILE_LATE = {
-    **_when(3, 10_000, 5000, 50_000, 60_000),
+    **_when(3, 5000, 2500, 20_000, 40_000),
     **_when(4, *[1 << 30] * 4),
     "TieredStopAtLevel": 1,
-    "Tier0InvokeNotifyFreqLog": 11,
+    "Tier0InvokeNotifyFreqLog": 10,
 }
 
 
