@@ -169,6 +169,8 @@ def test_one_that_does_not_work_is_replaced_before_the_script_runs(
         assert vm.fallback
     done = dhg("exec", "--vm", "-c", "print('once')", env={"DHG_HOME": str(home)})
     assert (done.returncode, done.stdout, done.stderr) == (0, b"once\n", b"")
+    done = dhg("exec", "--vm", "--verbose", "-c", "1", env={"DHG_HOME": str(home)})
+    assert b"dhg: the checkpoint was not used: QEMU went away\n" in done.stderr
 
 
 def test_the_way_can_be_chosen(snapshot: store.Snapshot, monkeypatch: pytest.MonkeyPatch, dhg: Dhg) -> None:

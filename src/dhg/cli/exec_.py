@@ -439,4 +439,6 @@ def _show_phases(entered_cpu_ns: int, began: int, done: int, ended: int, vm: Pla
         "close": (ended - done) / 1e6,
     }
     phases["total"] = before + (ended - began) / 1e6
+    if why := getattr(vm, "fallback", None):
+        sys.stderr.write(f"dhg: the checkpoint was not used: {why}\n")
     sys.stderr.write("".join(f"dhg: {name:<20}{value:8.1f} ms\n" for name, value in phases.items()))

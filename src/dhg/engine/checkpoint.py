@@ -29,7 +29,7 @@ PAGE = 4096
 GAP = 16
 #: Below the main thread's stack, for it to grow.
 STACK_ROOM = 8 << 20
-#: Where the program is mapped, and the vdso while everything else is. Programs and libraries are far above.
+#: Where the vdso is while everything else is mapped. Programs and libraries are far above.
 ASIDE = 0x1000_0000
 #: Descriptors from here on are the client's business (`qmp`), those below QEMU's own.
 OURS = 200
@@ -102,45 +102,21 @@ def areas(pid: int) -> list[Area]:
 
 #: Where the file's memory begins, after the program.
 MEMORY_AT = 1 << 18
-#: x86-64's numbers of what a QEMU that runs has use for. No files, no sockets, no programs, no processes.
+#: x86-64's numbers of what a QEMU that runs has use for: no files to open, no sockets, no programs, no processes.
+# fmt: off
 ALLOWED = (
-    *(0, 1, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20),  # read to writev, without open, stat and lstat
-    *(
-        24,
-        25,
-        27,
-        28,
-        32,
-        35,
-        39,
-        44,
-        45,
-        46,
-        47,
-        48,
-        51,
-        52,
-        54,
-        55,
-        60,
-    ),  # sched_yield, mremap, mincore, madvise, dup, ... exit
-    *(
-        72,
-        74,
-        75,
-        96,
-        98,
-        99,
-        131,
-        186,
-        201,
-        202,
-        204,
-        218,
-        219,
-    ),  # fcntl, fsync, ..., futex, sched_getaffinity, restart_syscall
-    *(228, 229, 230, 231, 234, 262, 271, 273, 285, 290, 295, 296, 309, 318, 324, 334, 157),
+    0, 1, 17, 18, 19, 20, 295, 296, 8,  # read, write, pread64, pwrite64, readv, writev, preadv, pwritev, lseek
+    3, 5, 262, 16, 32, 72, 74, 75, 285, 290,  # close, fstat, newfstatat, ioctl, dup, fcntl, fsync, fdatasync, fallocate, eventfd2
+    7, 271,  # poll, ppoll
+    44, 45, 46, 47, 48, 51, 52, 54, 55,  # send and receive, shutdown, names and options of the sockets that it has
+    9, 10, 11, 12, 25, 27, 28,  # mmap, mprotect, munmap, brk, mremap, mincore, madvise
+    13, 14, 15, 131, 234,  # rt_sigaction, rt_sigprocmask, rt_sigreturn, sigaltstack, tgkill
+    24, 202, 204, 218, 273, 309, 324, 334,  # sched_yield, futex, its CPUs, tid address, robust list, getcpu, membarrier, rseq
+    35, 96, 201, 228, 229, 230, 219,  # nanosleep, gettimeofday, time, clock_gettime, clock_getres, clock_nanosleep, restart_syscall
+    39, 98, 99, 157, 186, 318,  # getpid, getrusage, sysinfo, prctl, gettid, getrandom
+    60, 231,  # exit, exit_group
 )
+# fmt: on
 QEMU_NAME = b"qemu-system-x86\0"
 
 
@@ -353,9 +329,10 @@ def _map(
     program.call(NR_CLOSE, 3)
     # To see which pages are used no others may be read with them.
     alone = Program(0)
-    for begin, size in [(area.begin, area.end - area.begin) for area in mappings if area.file == ram]:
-        alone.call(NR_MADVISE, begin, size, MADV_RANDOM)
-    for begin, size, _, _ in own:
+    for begin, size in [
+        *((area.begin, area.end - area.begin) for area in mappings if area.file == ram),
+        *((begin, size) for begin, size, _, _ in own),
+    ]:
         alone.call(NR_MADVISE, begin, size, MADV_RANDOM)
     program.where(b"\x49\x0f\xba\xf5" + bytes((qmp.RECORD_BIT,)), b"\x83", alone)  # btr r13, bit; jnc
 
@@ -476,10 +453,9 @@ def _confine(program: Program, main: Thread) -> None:
     scratch = main.registers["rsp"] - 8192 & ~15
     program.set(R14, scratch)
     program.set(RAX, code)
-    program.add(
-        b"\x49\x89\x46\x08\x41\xc7\x06" + struct.pack("<I", len(code) // 8)
-    )  # mov [r14 + 8], rax; mov [r14], ...
-    # Not before the threads are there, nor after: each gets it with its birth.
+    program.add(b"\x49\x89\x46\x08")  # mov [r14 + 8], rax
+    program.add(b"\x41\xc7\x06" + struct.pack("<I", len(code) // 8))  # mov dword [r14], its length
+    # Before there are threads: each is born with it.
     program.call(NR_SECCOMP, SECCOMP_SET_MODE_FILTER, 0, scratch)
 
 
