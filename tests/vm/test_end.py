@@ -63,7 +63,7 @@ tick(1)
 
 def test_files_that_are_left_open_are_complete(run: Exec, tmp_path: Path) -> None:
     code = """
-import csv, gzip, logging.handlers, mmap, zipfile
+import csv, gzip, io, logging.handlers, mmap, zipfile
 f = open('a.csv', 'w', newline='')
 csv.writer(f).writerow([1, 2])
 def later():
@@ -76,6 +76,9 @@ def later():
 later = later()
 z = gzip.open('c.gz', 'wt')
 z.write('c')
+y = io.TextIOWrapper.__new__(io.TextIOWrapper)
+y.__init__(gzip.open('y.gz', 'wb'))
+y.write('y')
 with open('d', 'wb') as d:
     d.truncate(4096)
 d = open('d', 'r+b')
@@ -96,6 +99,8 @@ last = Last()
     assert (tmp_path / "a.csv").read_text() == "1,2\n"
     assert (tmp_path / "b.txt").read_text() == "b"
     assert gzip.decompress((tmp_path / "c.gz").read_bytes()) == b"c"
+    # Which is older than what it writes to.
+    assert gzip.decompress((tmp_path / "y.gz").read_bytes()) == b"y"
     assert (tmp_path / "d").read_bytes() == b"d" + bytes(4095)
     assert (tmp_path / "e.zip").read_bytes()[-22:-18] == b"PK\5\6"
     assert (tmp_path / "f.log").read_text() == "f\n"

@@ -95,16 +95,23 @@ class Script:
             if isinstance(getattr(type(value), "__del__", None), types.FunctionType):
                 quietly(value.__del__)
         if files:
-            # What was there before the script is frozen or, in a process of the host's, of no consequence. The youngest first: a file
-            # that has its data from another one is younger.
+            # What was there before the script is frozen or, in a process of the host's, of no consequence.
+            texts, buffers, compressed = list[Any](), list[Any](), list[Any]()
             for generation in range(3):
                 for each in reversed(gc.get_objects(generation)):
                     kind = type(each)
-                    if issubclass(kind, _WRITERS):
-                        quietly(each.flush)
+                    if issubclass(kind, io.TextIOWrapper):
+                        texts.append(each)
+                    elif issubclass(kind, _WRITERS):
+                        buffers.append(each)
                     elif issubclass(kind, io.BufferedIOBase) and kind.__module__ != "_io":
                         # A compressed file, say, which is complete with its last bytes only.
-                        quietly(each.close)
+                        compressed.append(each)
+            # First what is furthest from the disk. Which is the younger one does not tell: collections of garbage mix them.
+            for step in [*(each.flush for each in texts + buffers), *(each.close for each in compressed)]:
+                quietly(step)
+            for each in buffers:
+                quietly(each.flush)
         _flush_both()
 
     def _execute(self) -> None:
@@ -311,7 +318,7 @@ def _ours(entry: types.TracebackType) -> bool:
     return entry.tb_frame.f_code.co_filename.startswith(_FOLDER)
 
 
-#: What has bytes that are not yet where they are to be.
-_WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom, mmap.mmap)
+#: What has bytes that are not yet where they are to be, beside text files.
+_WRITERS = (io.BufferedWriter, io.BufferedRandom, mmap.mmap)
 
 _FOLDER = os.path.dirname(__file__) + "/"
