@@ -243,24 +243,23 @@ def read(path: str, version: str, engine: str, lock: int) -> Snapshot:
         if form != FORMAT:
             raise SnapshotError(f"{path} has format {form}; this dhg reads {FORMAT}", hint=hint)
         argv = [os.fsdecode(value) for value in found[L_ARG]]
-        checks = [value.split(b" ", 2) for value in found[L_CHECK]]
         accel = frames.text(found[L_ACCEL][0])
         memory_mib = frames.integer(found[L_MEMORY_MIB][0])
         base_ns = frames.integer(found[L_BASE_NS][0]) if L_BASE_NS in found else 0
         engine_version = frames.text(found[L_ENGINE_VERSION][0]) if L_ENGINE_VERSION in found else ""
         ahead = found[L_AHEAD][0] if L_AHEAD in found else b""
         ahead_own = found[L_AHEAD_OWN][0] if L_AHEAD_OWN in found else b""
-        for size, mtime_ns, name in checks:
-            seen = stat_check(os.fsdecode(name))
-            if seen != (int(size), int(mtime_ns)):
-                what = "is gone" if seen is None else "has changed since"
-                raise SnapshotError(
-                    f"the snapshot of {config.title(version)} does not fit: {os.fsdecode(name)} {what}", hint=hint
-                )
+        if problem := _changed(found[L_CHECK]):
+            raise SnapshotError(f"the snapshot of {config.title(version)} does not fit: {problem}", hint=hint)
         if accel == "kvm":
             _check_kvm(version, engine, frames.text(found[L_CPU][0]))
         checkpoint = None
-        if L_MAPPED in found and config.use_checkpoint() and found[L_HOST][0] == host() and _unchanged(found[L_MAPPED]):
+        if (
+            L_MAPPED in found
+            and config.use_checkpoint()
+            and found[L_HOST][0] == host()
+            and not _changed(found[L_MAPPED])
+        ):
             checkpoint = path + "/checkpoint"
     except (frames.FrameError, KeyError, ValueError) as error:
         raise SnapshotError(f"{damaged}: {path}/launch", hint=hint) from error
@@ -286,12 +285,14 @@ def host() -> bytes:
     return os.fsencode(f"{system.release} {system.version} {proc.cpu_model()}")
 
 
-def _unchanged(checks: list[bytes]) -> bool:
+def _changed(checks: list[bytes]) -> str | None:
+    """Which of the files is not as it was recorded, and how; None if all are. Raises `ValueError` for what is no record."""
     for check in checks:
         size, mtime_ns, name = check.split(b" ", 2)
-        if stat_check(os.fsdecode(name)) != (int(size), int(mtime_ns)):
-            return False
-    return True
+        seen = stat_check(os.fsdecode(name))
+        if seen != (int(size), int(mtime_ns)):
+            return f"{os.fsdecode(name)} {'is gone' if seen is None else 'has changed since'}"
+    return None
 
 
 def _check_kvm(version: str, engine: str, cpu: str) -> None:
@@ -335,8 +336,8 @@ def launch_bytes(
     data = frames.field(L_FORMAT, FORMAT) + frames.field(L_MEMORY_MIB, memory_mib)
     data += b"".join(frames.field(L_ARG, os.fsencode(arg)) for arg in argv)
     everything = [(L_CHECK, path, path) for path in checked] + [(L_CHECK, path, later) for path, later in own]
-    # The guest's memory, which is in there, is one of its own.
     if mapped:
+        # Without the guest's memory, which is among its own.
         others = sorted(set(mapped) - {later for _, later in own})
         everything += [(L_MAPPED, path, path) for path in others]
         data += frames.field(L_HOST, host())
