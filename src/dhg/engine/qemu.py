@@ -9,10 +9,9 @@ Not on the hot path: `prepare` stores the restore's command line in the snapshot
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
-from .qmp import CHANNELS, FD_CONSOLE, FD_GO, FD_QMP, FD_RAM, FD_STATE, TB_SIZE_MIB, Vm, load
+from .qmp import CHANNELS, FD_CONSOLE, FD_GO, FD_QMP, FD_RAM, FD_STATE, TB_SIZE_MIB, Vm, load, logged
 
 #: The kernel command line. tsc_early_khz is appended: without a TSC of known frequency a TCG guest has a 4 ms clock.
 KERNEL_ARGS = (
@@ -166,13 +165,8 @@ def _escape(path: str) -> str:
 def boot_again(spec: Spec, ram: int, *, state: int) -> Vm:
     """Start another QEMU for a VM that was frozen: its memory is what `ram` has, its device state what `state` has. Does not wait."""
     argv = restore_argv(spec, f"/dev/fd/{FD_RAM}", shared=True)
-    log = os.memfd_create("dhg-qemu-log")
-    try:
-        # As this user: where root lacks the right to look into another's process (containers), it can look into this one.
-        vm = Vm(argv, extra={FD_STATE: state, FD_RAM: ram, 1: log, 2: log}, log=log, change_user=False)
-    except BaseException:
-        os.close(log)
-        raise
+    # As this user: where root lacks the right to look into another's process (containers), it can look into this one.
+    vm = logged(argv, extra={FD_STATE: state, FD_RAM: ram}, change_user=False)
     load(vm)
     return vm
 

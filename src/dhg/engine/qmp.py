@@ -188,6 +188,24 @@ class Vm:
         self.close()
 
 
+def logged(
+    argv: Sequence[str],
+    *,
+    extra: dict[int, int],
+    checkpoint: str | None = None,
+    change_user: bool = True,
+    record: bool = False,
+) -> Vm:
+    """A `Vm` that keeps what QEMU says of itself. It is not the script's output; it is shown if the restore fails."""
+    log = os.memfd_create("dhg-qemu-log")
+    try:
+        extra = {**extra, 1: log, 2: log}
+        return Vm(argv, extra=extra, log=log, checkpoint=checkpoint, change_user=change_user, record=record)
+    except BaseException:
+        os.close(log)
+        raise
+
+
 def confinement(*, change_user: bool = True) -> list[str]:
     """The arguments that confine a QEMU started by this process: its seccomp filter, and as root (with `change_user`) another user.
 
@@ -260,13 +278,7 @@ def start(argv: Sequence[str], *, state: int, lock: int, memory_mib: int) -> Vm:
 
     `lock` is held by QEMU for as long as it lives. QEMU loads the state and resumes by itself.
     """
-    # What QEMU says of itself is not the script's output; it is shown if the restore fails.
-    log = os.memfd_create("dhg-qemu-log")
-    try:
-        vm = Vm(argv, extra={FD_STATE: state, FD_LOCK: lock, 1: log, 2: log}, log=log)
-    except BaseException:
-        os.close(log)
-        raise
+    vm = logged(argv, extra={FD_STATE: state, FD_LOCK: lock})
     proc.limit(vm.process.pid, address_space_bytes=memory_mib + OVERHEAD_MIB << 20)
     load(vm)
     return vm
@@ -277,12 +289,7 @@ def go_on(checkpoint: str, argv: Sequence[str], *, lock: int, memory_mib: int, r
 
     `argv` is what it is called. With `record` the kernel reads single pages only of the files that are mapped.
     """
-    log = os.memfd_create("dhg-qemu-log")
-    try:
-        vm = Vm(argv, extra={FD_LOCK: lock, 1: log, 2: log}, log=log, checkpoint=checkpoint, record=record)
-    except BaseException:
-        os.close(log)
-        raise
+    vm = logged(argv, extra={FD_LOCK: lock}, checkpoint=checkpoint, record=record)
     proc.limit(vm.process.pid, address_space_bytes=memory_mib + OVERHEAD_MIB << 20)
     try:
         vm.qmp.send(CONT)
