@@ -94,7 +94,7 @@ def test_a_snapshot_made_by_the_stand_in(tmp_path: Path, monkeypatch: pytest.Mon
     from tests.firecracker.conftest import requests, stand_in
 
     from dhg.pager import uffd
-    from dhg.snapshot import build, engines, inventory
+    from dhg.snapshot import build, engines, inventory, trial
 
     why = uffd.available()
     if why is not None:
@@ -105,7 +105,7 @@ def test_a_snapshot_made_by_the_stand_in(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("DHG_HOME", str(home))
     monkeypatch.setattr(engines, "require_kvm", lambda base, *, insist: "taken on trust")
     # There is no Deephaven in the stand-in's guest.
-    monkeypatch.setattr(build, "TYPICAL", b"print(6 * 7)")
+    monkeypatch.setattr(trial, "TYPICAL", b"print(6 * 7)")
     program = stand_in(tmp_path)
     monkeypatch.setenv("STANDIN_MEMORY", str(256 << 20))
     path = build.prepare(
