@@ -6,9 +6,12 @@ Guest code: standard library and Deephaven only.
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 
-# linux/mman.h: reclaim these pages now; those of a file that are clean are read again when they are needed.
-MADV_PAGEOUT = 21
+# linux/mman.h: read around a page that is needed, or that page alone; reclaim pages now (those of a file that are clean are read
+# again when they are needed); read all of them now.
+MADV_NORMAL, MADV_RANDOM, MADV_PAGEOUT, MADV_POPULATE_READ = 0, 1, 21, 22
 #: How large the arrays are that the young generation is filled with.
 ARRAY = 1 << 20
 #: Less than what the C library maps by itself (M_MMAP_THRESHOLD, 128 KiB), or gives back at once.
@@ -16,16 +19,36 @@ ROOM = 96 << 10
 
 
 def release_files() -> None:
-    """Give back every page of a file that is mapped into this process, so that only what is used again is in memory."""
+    """Give back every page of a file that is mapped into this process, so that only what is used again is in memory.
+
+    Until `read_around` each page that is used is read by itself, or what lies beside it would stay in the snapshot, too. The
+    interpreter and the C library stay whole (three megabytes more): every script uses some of them that nothing else has.
+    """
+    _advise(MADV_PAGEOUT)
+    _advise(MADV_RANDOM)
+    for path in os.path.realpath(sys.executable), "/libc.so.6":
+        _advise(MADV_POPULATE_READ, path)
+
+
+def read_around() -> None:
+    """From now on the kernel reads what lies beside a page, too: a clone that needs a file's page is likely to need more of them."""
+    _advise(MADV_NORMAL)
+
+
+def _advise(advice: int, path: str = "") -> None:
+    """Advise the kernel about all files that are mapped, or those parts of one that are code; `path` is how its name ends.
+
+    Advice is advice: what cannot be followed for a mapping is not an error.
+    """
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     with open("/proc/self/maps") as file:
         maps = file.read().splitlines()
     for line in maps:
         area, mode, _, _, inode, *_ = line.split()
-        if inode != "0" and "w" not in mode:
+        if inode != "0" and (not path or ("x" in mode and line.endswith(path))):
             start, end = (int(part, 16) for part in area.split("-"))
-            madvise(start, end - start, MADV_PAGEOUT)
+            madvise(start, end - start, advice)
 
 
 def collect_java() -> None:
@@ -60,6 +83,17 @@ def compact_java() -> None:
             jpy.array("byte", ARRAY - 64)
         del kept
     collect_java()
+
+
+def clear_young() -> None:
+    """Overwrite what scripts have left in eden, without a full collection, which would move what `reseed.Jvm` has found."""
+    import jpy
+
+    factory = jpy.get_type("java.lang.management.ManagementFactory")
+    eden = next(pool for pool in factory.getMemoryPoolMXBeans().toArray() if pool.getName() == "Eden Space").getUsage()
+    # What is in use moves out of eden when that is full; all of it is overwritten by the time that it is full again, and empty then.
+    for _ in range((2 * eden.getCommitted() - eden.getUsed()) // ARRAY + 2):
+        jpy.array("byte", ARRAY - 64)
 
 
 def trim() -> None:

@@ -88,6 +88,15 @@ print(to_pandas(t).to_string(index=False))
 os.unlink('/tmp/warm.csv')
 """
 
+# And what the warm-up does not run, for the rehearsal, too: what a query of a new kind goes through, whatever it is (classes are
+# loaded, methods compiled).
+REHEARSAL_NEW = """
+from deephaven import empty_table, updateby as uby
+t = empty_table(1000).update(['g = i % 5', 'v = i * 1.5'])
+assert t.update_by(uby.cum_sum('s = v'), by='g').head_by(2, by='g').size == 10
+assert t.reverse().move_columns_up('v').count_by('n').size == 1
+"""
+
 # What all rows of a formula go through, whatever the formula: `times` tables of `rows` rows each.
 ROWS = """
 from deephaven import empty_table

@@ -342,15 +342,7 @@ def main_vm() -> None:
     reseed.python(runner.cells)
     runner.rehearse()
     greeting = hello(versions)
-    # Under software emulation QEMU goes on as another process now, and keeps what it translates (the host's engine/checkpoint.py).
     emulated = channels is None and jvm.is_emulated()
-    if emulated:
-        stdio.write_all(control, greeting)
-        runner.be_rehearsed()
-        if runner.jvm is not None:
-            warmup.compile_late(lambda text: log(control, text))
-        stdio.write_all(control, greeting)
-        runner.be_rehearsed()
     runner.arrange = shares.ready()
     gc.collect()
     gc.freeze()
@@ -368,11 +360,24 @@ def main_vm() -> None:
         runner.jvm.check()
         warmup.before_first_query()
     if emulated:
+        # Under software emulation QEMU goes on as another process now, and keeps what it translates (the host's
+        # engine/checkpoint.py). Of files only those pages are in memory then that the rehearsal uses.
+        memory.release_files()
+        memory.drop_caches()
+        stdio.write_all(control, greeting)
+        runner.be_rehearsed()
+        if runner.jvm is not None:
+            warmup.compile_late(lambda text: log(control, text))
+            memory.clear_young()
+        memory.trim()
+        memory.drop_caches()
         # Once more: a file's page that was dropped and read again lies elsewhere, and is to be translated anew.
         stdio.write_all(control, greeting)
         runner.be_rehearsed()
         if runner.jvm is not None:
             runner.jvm.check()
+            warmup.before_first_query()
+    memory.read_around()
     reseed.forget()
     log(control, "waiting for a quiet moment")
     # So that it is not a clone that comes to the number of new objects at which Python looks for garbage.

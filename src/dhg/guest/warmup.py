@@ -44,7 +44,7 @@ def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
             if emulated:
                 jvm.set_flags(hotspot.COMPILE_SELDOM if number == 1 and name in ONCE else hotspot.COMPILE_SOON, log)
             rehearse(runner.finder, name, source, turn=number)
-        if number == 1:
+        if number < passes:
             # What was needed once only is given back, and what is used again is read again.
             memory.release_files()
     rehearse_failure()
