@@ -95,22 +95,28 @@ from deephaven import empty_table, updateby as uby
 t = empty_table(1000).update(['g = i % 5', 'v = i * 1.5'])
 assert t.update_by(uby.cum_sum('s = v'), by='g').head_by(2, by='g').size == 10
 assert t.reverse().move_columns_up('v').count_by('n').size == 1
+t = empty_table(50_000).update(['x = ii', 'y = x % 10']).where('y > 5')
+assert t.select().sum_by('y').size == 4
+assert t.sort_descending('x').head(3).size == 3
 """
 
-# What all rows of a formula go through, whatever the formula: `times` tables of `rows` rows each.
+# What all rows of a formula go through, whatever the formula: `times` tables of `rows` rows each. And what rows go through that are
+# left of others: in a set of rows with gaps each is looked for (BitmapContainer.select).
 ROWS = """
 from deephaven import empty_table
 for n in range(times):
     for formula in 'x = i', 'x = i + 7', 'x = ii * 2', 'x = i * 0.5':
         t = empty_table(rows).update(formula)
+    t = empty_table(rows).update(['x = i', 'y = x % 10']).where('y > 5')
+    assert t.select().size == t.update('z = x * 0.5').size
 """
 
 # What other scripts may do. Run once, natively, when the image is made, for the archive of classes (training.py). Each line stands
-# for itself: what this release of Deephaven does not have is left out.
+# for itself: what this release of Deephaven does not have is left out. So many rows that sets of rows take all their forms.
 TRAINING = """
 from deephaven import agg, empty_table, merge, new_table, ring_table, time_table, updateby as uby
 from deephaven.column import bool_col, byte_col, datetime_col, double_col, float_col, int_col, long_col, short_col, string_col
-t = empty_table(2000).update(['g = i % 7', 'h = `k` + (i % 5)', 'x = ii', 'v = i * 0.5', 'f = (float) v', 'b = i % 2 == 0'])
+t = empty_table(100_000).update(['g = i % 7', 'h = `k` + (i % 5)', 'x = ii', 'v = i * 0.5', 'f = (float) v', 'b = i % 2 == 0'])
 t = t.update(['ts = (Instant) (parseInstant(`2024-01-01T00:00:00Z`) + i * SECOND)'])
 other = new_table([int_col('key', [0, 1, 2]), string_col('name', ['a', 'b', 'c']), double_col('w', [1.0, 2.0, 3.0])])
 new_table([bool_col('a', [True]), byte_col('b', [1]), short_col('c', [1]), int_col('d', [1]), float_col('e', [1.0])]).select()
