@@ -376,6 +376,7 @@ def main_vm() -> None:
         runner.be_rehearsed()
         if runner.jvm is not None:
             runner.jvm.check()
+            # The rehearsal's queries have used up the one above.
             warmup.before_first_query()
     memory.read_around()
     reseed.forget()

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import hotspot, jvm, memory, preview, queries, reseed, script, tlb
 
-#: How often all warm-up scripts are run; under emulation the host has them run once more (its snapshot/rehearsal.py).
+#: How often all warm-up scripts are run; under emulation once less, as the host's rehearsal comes then (its snapshot/rehearsal.py).
 PASSES = 2
 #: What does most of its work the first time only (Hadoop's configuration, what Jackson finds out about classes): compiling that took
 #: a third of its first run, and is of no use to a clone. It is early in the order: what others share with it they have compiled.
