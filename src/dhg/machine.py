@@ -120,7 +120,8 @@ class Machine:
         ready, script = result.ready_ns / 1e6, result.script_ns / 1e6
         woken = min(max(0.0, result.woken_ns / 1e6), max(0.0, whole - ready - script))
         self.phases.update({"wake-up": woken, "guest ready": ready, "script": script})
-        self.phases["result"] = whole - woken - ready - script
+        # Not below zero: what is left of floats, or of the guest's clock against the host's, is no time.
+        self.phases["result"] = max(0.0, whole - woken - ready - script)
         self._clock = now
         return result
 

@@ -190,23 +190,25 @@ def test_timeout(dhg: Dhg) -> None:
 
 
 def test_verbose_shows_the_phases(dhg: Dhg) -> None:
-    done = dhg("exec", "--vm", "--verbose", "-c", "pass")
-    names = re.findall(r"^dhg: (.*?)  +[\d.]+ ms$", done.stderr.decode(), re.M)
-    assert names == [
-        "interpreter start",
-        "client",
-        "spawn",
-        "VMM start",
-        "state load",
-        "wake-up",
-        "guest ready",
-        "script",
-        "result",
-        "close",
-        "total",
-    ]
-    values = [float(value) for value in re.findall(r"([\d.]+) ms$", done.stderr.decode(), re.M)]
-    assert sum(values[:-1]) == pytest.approx(values[-1], abs=1.0)
+    # Several times: what is left for the result may be next to nothing, and is never less.
+    for _ in range(5):
+        done = dhg("exec", "--vm", "--verbose", "-c", "pass")
+        names = re.findall(r"^dhg: (.*?)  +[\d.]+ ms$", done.stderr.decode(), re.M)
+        assert names == [
+            "interpreter start",
+            "client",
+            "spawn",
+            "VMM start",
+            "state load",
+            "wake-up",
+            "guest ready",
+            "script",
+            "result",
+            "close",
+            "total",
+        ]
+        values = [float(value) for value in re.findall(r"([\d.]+) ms$", done.stderr.decode(), re.M)]
+        assert sum(values[:-1]) == pytest.approx(values[-1], abs=1.0)
 
 
 def test_a_script_that_kills_its_interpreter_is_told_apart(dhg: Dhg) -> None:
