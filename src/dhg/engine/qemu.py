@@ -39,6 +39,8 @@ class Spec(NamedTuple):
     stub: str
     image: str
     tsc_khz: int
+    #: A file system with the server's process, which was started natively (image/server.py); empty where the guest starts it itself.
+    server: str = ""
 
     @property
     def cpu(self) -> str:
@@ -89,18 +91,20 @@ def kernel_args(spec: Spec, *, stub: bool) -> list[str]:
     append = f"{command_line(spec.accel)} dhg.accel={spec.accel}"
     if spec.accel == "tcg" and spec.tsc_khz:
         append += f" tsc_early_khz={spec.tsc_khz}"
+    if spec.server:
+        append += " dhg.server=1"
     files = ["-kernel", spec.stub] if stub else ["-kernel", spec.kernel, "-initrd", spec.initramfs]
     return [*files, "-append", append]
 
 
 def drive_args(spec: Spec) -> list[str]:
-    """The root file system, read-only and shared by all VMs."""
-    return [
-        "-blockdev",
-        f"driver=file,node-name=root,filename={_escape(spec.image)},read-only=on,locking=off",
-        "-device",
-        "virtio-blk-device,drive=root",
-    ]
+    """The root file system and the server's process, read-only and shared by all VMs."""
+    args = []
+    for name, path in (("root", spec.image), ("server", spec.server)):
+        if path:
+            args += ["-blockdev", f"driver=file,node-name={name},filename={_escape(path)},read-only=on,locking=off"]
+            args += ["-device", f"virtio-blk-device,drive={name}"]
+    return args
 
 
 def channel_args() -> list[str]:

@@ -50,6 +50,8 @@ JVM_ARGS_VM = [
     "-XX:AsyncDeflationInterval=0",
     # What memory.py asks to be given back is given back at once.
     "-XX:-ShrinkHeapInSteps",
+    # Nobody attaches to it: a thread less, and a socket.
+    "-XX:+DisableAttachMechanism",
 ]
 
 # Under software emulation. Verifying classes takes a sixth of the start. C2 compiles a few methods in the warm-up, and then nothing
@@ -76,13 +78,17 @@ def is_emulated() -> bool:
         return "dhg.accel=tcg" in file.read().split()
 
 
-def vm_args() -> list[str]:
-    """The JVM's options for this VM: half of its memory as heap, and what suits the acceleration."""
+def heap_mib() -> int:
+    """How much of this VM's memory is for the Java heap, in MiB: half."""
     with open("/proc/meminfo") as file:
-        heap_mib = int(file.readline().split()[1]) >> 11
+        return int(file.readline().split()[1]) >> 11
+
+
+def vm_args(heap_mib: int, *, emulated: bool) -> list[str]:
+    """The JVM's options for a VM: its heap, and what suits the acceleration."""
     # A young generation that scripts need not collect at once. It is all zeros at the freeze, so its size costs nothing.
     args = [f"-Xmx{heap_mib}m", f"-XX:NewSize={heap_mib // 8}m", *JVM_ARGS, *JVM_ARGS_VM]
-    args += JVM_ARGS_TCG if is_emulated() else []
+    args += JVM_ARGS_TCG if emulated else []
     return args + (JVM_ARGS_CLASSES if os.path.exists(CLASSES) else [])
 
 

@@ -32,7 +32,7 @@ from ..wire import frames
 from . import exchange, outputs, preview, reseed, script, shares, stdio
 
 if TYPE_CHECKING:
-    from . import vsock
+    from . import vsock, warmup
 
 RUN_DIR = "/run/dhg"
 REHEARSALS = 20
@@ -326,13 +326,22 @@ def main_vm() -> None:
     """In a VM: start the server, warm up, wait to be frozen, run one request, wait to be killed."""
     channels = vsock_channels()
     control = os.open(f"{RUN_DIR}/control", os.O_RDWR) if channels is None else channels.prepare()
-    from . import jvm, memory, quiet, warmup
+    from . import warmup
 
     # A script's `import dhg` is its own affair.
     sys.path.remove(f"{RUN_DIR}/lib")
+    serve_vm(control, channels, warmup.warm_up(lambda text: log(control, text)))
+
+
+def serve_vm(control: int, channels: vsock.Channels | None, warm: warmup.Warm) -> None:
+    """In a VM, once what `warm` has is warmed up: the rest of `main_vm`."""
+    from . import jvm, memory, quiet, warmup
+
     runner = Runner(control, clone=True)
     runner.own_main()
-    versions = warmup.warm_up(runner, lambda text: log(control, text))
+    runner.finder, runner.jvm = warm.finder, warm.jvm
+    if warm.cells is not None:
+        runner.cells = warm.cells
     log(control, "rehearsal")
     runner.stdin, runner.ends = attach_ports(channels is None)
     runner.prepare_interrupt()
@@ -341,7 +350,7 @@ def main_vm() -> None:
     sys.path.insert(0, "")
     reseed.python(runner.cells)
     runner.rehearse()
-    greeting = hello(versions)
+    greeting = hello(warm.versions)
     emulated = channels is None and jvm.is_emulated()
     runner.arrange = shares.ready()
     gc.collect()
@@ -349,14 +358,15 @@ def main_vm() -> None:
     with open(f"{RUN_DIR}/frozen", "w"):
         pass
     log(control, "giving memory back")
-    if runner.jvm is not None:
+    if runner.jvm is not None and warm.cells is None:
         memory.compact_java()
     memory.trim()
     memory.drop_caches()
     if runner.jvm is not None:
         log(control, "random generators")
-        memory.collect_java()
-        runner.jvm.find(runner.cells)
+        if warm.cells is None:
+            memory.collect_java()
+            runner.jvm.find(runner.cells)
         runner.jvm.check()
         warmup.before_first_query()
     if emulated:

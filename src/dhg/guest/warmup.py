@@ -11,45 +11,70 @@ import importlib.util
 import inspect
 import io
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from . import hotspot, jvm, memory, preview, queries, reseed, script, tlb
 
-#: How often all warm-up scripts are run; under emulation once less, as the host's rehearsal comes then (its snapshot/rehearsal.py).
+#: How often all warm-up scripts are run; in a VM under emulation once less, as the host's rehearsal comes then (its
+#: snapshot/rehearsal.py).
 PASSES = 2
 #: What does most of its work the first time only (Hadoop's configuration, what Jackson finds out about classes): compiling that took
 #: a third of its first run, and is of no use to a clone. It is early in the order: what others share with it they have compiled.
 ONCE = ("parquet",)
 
 
-def warm_up(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
-    """Start the server, where the image has one, and run the warm-up scripts; the versions of what runs."""
+class Warm(NamedTuple):
+    """What is warmed up: the versions of what runs; without Deephaven no more."""
+
+    versions: dict[str, str]
+    finder: preview.Finder | None = None
+    jvm: reseed.Jvm | None = None
+    #: The generators that have been found already: those of the JVM, if its heap is in order, too.
+    cells: reseed.Cells | None = None
+
+
+def warm_up(log: Callable[[str], None]) -> Warm:
+    """In a VM: start the server, where the image has one, and run the warm-up scripts."""
     if importlib.util.find_spec("deephaven_server") is None:
-        return warm_up_bare(runner, log)
-    emulated = jvm.is_emulated()
-    versions = jvm.start_server(log, jvm.vm_args(), image=True, flags=hotspot.COMPILE_SELDOM if emulated else None)
-    if emulated:
-        jvm.set_flags(hotspot.COMPILE_SOON, log)
-    frames_without_source()
-    runner.finder = preview.Finder()
-    # The exit handlers of the server and of pandas are for the end of this process, not of a script.
-    script.settle()
-    if emulated:
-        optimize_loops(runner.finder, log)
-    passes = PASSES - 1 if emulated else PASSES
-    for number in range(1, passes + 1):
+        return warm_up_bare(log)
+    if jvm.is_emulated():
+        return warm_up_emulated(log, jvm.heap_mib(), passes=PASSES - 1)
+    versions = jvm.start_server(log, jvm.vm_args(jvm.heap_mib(), emulated=False), image=True)
+    finder = _settle()
+    for number in range(1, PASSES + 1):
         for name, source in queries.WARM_UP.items():
-            log(f"warm-up {number} of {passes}: {name}")
-            if emulated:
-                jvm.set_flags(hotspot.COMPILE_SELDOM if number == 1 and name in ONCE else hotspot.COMPILE_SOON, log)
-            rehearse(runner.finder, name, source, turn=number)
-        if number < passes:
+            log(f"warm-up {number} of {PASSES}: {name}")
+            rehearse(finder, name, source, turn=number)
+        if number < PASSES:
             # What was needed once only is given back, and what is used again is read again.
             memory.release_files()
     rehearse_failure()
-    runner.jvm = reseed.Jvm()
-    return versions
+    return Warm(versions, finder, reseed.Jvm())
+
+
+def warm_up_emulated(log: Callable[[str], None], heap_mib: int, *, passes: int, args: Sequence[str] = ()) -> Warm:
+    """The same for a VM under software emulation, there or natively; `args` are more options for the JVM."""
+    options = [*jvm.vm_args(heap_mib, emulated=True), *args]
+    versions = jvm.start_server(log, options, image=True, flags=hotspot.COMPILE_SELDOM)
+    jvm.set_flags(hotspot.COMPILE_SOON, log)
+    finder = _settle()
+    optimize_loops(finder, log)
+    for number in range(1, passes + 1):
+        for name, source in queries.WARM_UP.items():
+            log(f"warm-up {number} of {passes}: {name}")
+            jvm.set_flags(hotspot.COMPILE_SELDOM if number == 1 and name in ONCE else hotspot.COMPILE_SOON, log)
+            rehearse(finder, name, source, turn=number)
+    rehearse_failure()
+    return Warm(versions, finder, reseed.Jvm())
+
+
+def _settle() -> preview.Finder:
+    frames_without_source()
+    finder = preview.Finder()
+    # The exit handlers of the server and of pandas are for the end of this process, not of a script.
+    script.settle()
+    return finder
 
 
 def compile_late(log: Callable[[str], None]) -> None:
@@ -57,7 +82,7 @@ def compile_late(log: Callable[[str], None]) -> None:
     jvm.set_flags(hotspot.COMPILE_LATE, log)
 
 
-def warm_up_bare(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
+def warm_up_bare(log: Callable[[str], None]) -> Warm:
     """What `warm_up` does, for an image with Python only."""
     log("a bare Python")
     script.settle()
@@ -66,7 +91,7 @@ def warm_up_bare(runner: Any, log: Callable[[str], None]) -> dict[str, str]:
         raise RuntimeError(f"the warm-up script failed: {outcome.error}")
     rehearse_failure()
     gc.collect()
-    return {"python": sys.version.split()[0]}
+    return Warm({"python": sys.version.split()[0]})
 
 
 def frames_without_source() -> None:

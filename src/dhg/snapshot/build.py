@@ -20,6 +20,7 @@ from ..engine import probe, qemu
 from ..errors import DeadlineExceeded, DhgError, HostError, ProtocolError, SnapshotError
 from ..files import locked, private_dir, remove_tree, sha256, sync_dir, write_synced
 from ..image import build as image
+from ..image import server
 from ..image.kernel import stub as kernel_stub
 from ..wire import frames
 from . import engines, inventory, rehearsal, store, trial
@@ -150,6 +151,12 @@ def _prepare(
     progress("acceleration", f"{accel} ({reason})")
     progress("root image", config.title(version))
     root = image.root_image(base, version, log)
+    process = ""
+    if accel == "tcg" and version != config.BARE:
+        progress("server", "started natively")
+        process, why = server.try_to_make(root, memory_mib, log)
+        if why:
+            progress("server", f"to be started in the VM: {why}")
     vcpus = vcpus or (1 if version == config.BARE else DEFAULT_VCPUS[accel])
     initramfs, runner = image.initramfs(base)
     program = engines.program(engine, binary)
@@ -167,6 +174,7 @@ def _prepare(
         "initramfs": hashlib.sha256(initramfs).hexdigest(),
         "runner": runner,
         "image": os.path.basename(root),
+        "server": os.path.basename(os.path.dirname(process)),
         "host_cpu": proc.cpu_model() if accel == "kvm" else "",
         "checkpoint": engines.checkpoint_sources() if accel == "tcg" else "",
     }
@@ -190,6 +198,7 @@ def _prepare(
                 initramfs=f"{tmp}/initramfs",
                 stub=f"{folder}/{name}/kernel",
                 root=f"{root}/root.erofs",
+                server=process,
             )
             _fill(tmp, f"{folder}/{name}", spec, initramfs, inputs, version, progress)
             os.rename(tmp, f"{folder}/{name}")
@@ -292,6 +301,8 @@ def _fill(
         manifest["packages"] = json.load(packages)
     write_synced(f"{tmp}/manifest.json", json.dumps(manifest, indent=1).encode())
     checked = [engines.binary_of(spec), spec.image]
+    if isinstance(spec, qemu.Spec) and spec.server:
+        checked.append(spec.server)
     launch = store.launch_bytes(
         version=version,
         engine=inputs["engine"],

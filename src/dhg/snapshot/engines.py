@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .. import proc, seccomp
-from ..engine import checkpoint, firecracker, machinecode, probe, ptrace, qemu, qmp
+from ..engine import checkpoint, firecracker, machinecode, probe, ptrace, qemu, qmp, resume
 from ..errors import DhgError, HostError
 from ..image import build as image
 from ..wire import client
@@ -53,7 +53,7 @@ def kernel_args(engine: str, accel: str) -> str:
 def checkpoint_sources() -> str:
     """What stands for the code that makes a checkpoint: the SHA-256 of its sources."""
     digest = hashlib.sha256()
-    for module in (checkpoint, machinecode, ptrace, seccomp, rehearsal):
+    for module in (checkpoint, machinecode, ptrace, resume, seccomp, rehearsal):
         with open(str(module.__file__), "rb") as file:
             digest.update(file.read())
     return digest.hexdigest()
@@ -95,8 +95,10 @@ def make_spec(
     initramfs: str,
     stub: str,
     root: str,
+    server: str = "",
 ) -> Spec:
-    """What a VM is made of; `stub` is the head of the kernel, for a restore with QEMU."""
+    """What a VM is made of; `stub` is the head of the kernel, for a restore with QEMU, `server` the server's process, if it was
+    started natively."""
     if engine == "firecracker":
         return firecracker.Spec(
             binary,
@@ -117,6 +119,7 @@ def make_spec(
         stub=stub,
         image=root,
         tsc_khz=probe.tsc_khz(),
+        server=server,
     )
 
 

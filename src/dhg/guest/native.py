@@ -1,0 +1,127 @@
+"""The server's first half, run natively in the guest's root file system when an image for emulation is made (image/server.py).
+
+Starts the server, warms it up, gives memory back, says so and waits: there the host writes the process down as a program
+(engine/serverprocess.py), and the wait ends when a guest has started that (`init`). Natively all this takes seconds.
+
+Guest code: standard library and Deephaven only.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import subprocess
+import sys
+import time
+
+from . import memory, reseed, runner, vdso, warmup
+
+#: How often all warm-up scripts are run. More is compiled by it, which natively costs next to nothing.
+PASSES = 2
+#: What the JVM is not to take for granted, though this CPU may have it: QEMU's emulation lacks it, and 32 registers of 512 bits.
+JVM_ARGS = (
+    "-XX:UseAVX=2",
+    "-XX:-UseSHA",
+    "-XX:-UseFastStosb",
+    "-XX:ActiveProcessorCount=1",
+    "-XX:-UseContainerSupport",
+)
+#: Of glibc's variants, by the names that GLIBC_TUNABLES has for them.
+_LACKING = (
+    "AVX512F",
+    "AVX512VL",
+    "AVX512BW",
+    "AVX512CD",
+    "AVX512DQ",
+    "AVX512ER",
+    "AVX512PF",
+    "ERMS",
+    "FSRM",
+    "FMA4",
+    "RTM",
+    "XSAVEC",
+)
+#: The same for libraries, by their own variables. OpenSSL (OPENSSL_ia32cap(3)): RDRAND and XOP; RDSEED, AVX-512 and SHA; and of the
+#: third word what comes with AVX-512.
+LIBRARIES = {
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=" + ",".join(f"-{name}" for name in _LACKING),
+    "OPENSSL_ia32cap": "~0x4000080000000000:~0x5f42fc270000",
+    "ARROW_USER_SIMD_LEVEL": "AVX2",
+    # All that is linked is looked for now and not in the clones.
+    "LD_BIND_NOW": "1",
+}
+#: The time to go back to the guest's own: if its clock is behind the one here, whoever waits for a time waits that much longer.
+CLOCK_S = 5.0
+
+
+def environ() -> dict[str, str]:
+    """The variables that a program has that `init` starts."""
+    return {
+        "SHLVL": "2",
+        "HOME": "/root",
+        "OLDPWD": "/",
+        "TERM": "linux",
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "LANG": "C.UTF-8",
+        "PWD": "/workspace",
+    }
+
+
+def numpy_features() -> str:
+    """Which of the variants that NumPy chooses from at its start the emulated CPU has not, as NPY_DISABLE_CPU_FEATURES wants them."""
+    ask = (
+        "from numpy._core._multiarray_umath import __cpu_dispatch__ as names, __cpu_features__ as there\n"
+        "print(*[name for name in names if there.get(name) and ('512' in name or 'V4' in name)])"
+    )
+    return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def main(ready: int, heap_mib: int) -> None:
+    """Make ready, say so on the socket `ready`, wait, and go on in a VM."""
+    # As many as the guest has.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    for name in LIBRARIES:
+        del os.environ[name]
+    if features := numpy_features():
+        os.environ["NPY_DISABLE_CPU_FEATURES"] = features
+    if any("avx2" in line for line in open("/proc/cpuinfo") if line.startswith("flags")):
+        os.environ["OPENBLAS_CORETYPE"] = "Haswell"
+    began = time.monotonic()
+    warm = warmup.warm_up_emulated(
+        lambda text: print(f"{time.monotonic() - began:6.2f} {text}", flush=True),
+        heap_mib,
+        passes=PASSES,
+        args=JVM_ARGS,
+    )
+    for name in "NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE":
+        os.environ.pop(name, None)
+    sys.path.remove(f"{runner.RUN_DIR}/lib")
+    assert warm.jvm is not None
+    memory.compact_java()
+    memory.collect_java()
+    cells = reseed.Cells()
+    warm.jvm.find(cells)
+    warm.jvm.check()
+    warm = warm._replace(cells=cells)
+    kernel = vdso.Known()
+    gc.collect()
+    gc.freeze()
+    memory.trim()
+    go = os.eventfd(0, os.EFD_CLOEXEC)
+    print("ready", flush=True)
+    os.write(ready, b"r")
+    os.close(ready)
+    left = time.monotonic()
+    os.eventfd_read(go)
+    # In a guest.
+    os.close(go)
+    kernel.connect()
+    # As a JVM does at its start.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    control = os.open(f"{runner.RUN_DIR}/control", os.O_RDWR)
+    if (behind := left - time.monotonic()) > 0:
+        runner.log(control, f"the clock is {behind:.1f} s behind")
+        time.sleep(min(behind, CLOCK_S))
+    runner.serve_vm(control, None, warm)
