@@ -159,7 +159,7 @@ class Memory:
         self._fd = fd
         self.at = at
 
-    def add(self, data: bytes) -> int:
+    def add(self, data: bytes | bytearray) -> int:
         """Write pages, those that are zero as holes; where they begin."""
         at = self.at
         for begin, end in runs(data, gap=0):
@@ -169,7 +169,7 @@ class Memory:
         return at
 
 
-def runs(data: bytes, *, gap: int) -> list[tuple[int, int]]:
+def runs(data: bytes | bytearray, *, gap: int) -> list[tuple[int, int]]:
     """Where pages that are not zero begin and end, in bytes; runs with no more than `gap` pages between them are one."""
     zero, found = bytes(PAGE), list[list[int]]()
     for at in range(0, len(data), PAGE):
@@ -187,26 +187,29 @@ def is_own(entry: int) -> bool:
 
 
 def own_pages(
-    read: Callable[[int, int], bytes], area: Area, entries: memoryview, memory: Memory
+    read: Callable[[int, int], bytes], area: Area, entries: memoryview, memory: Memory, *, gap: int = GAP
 ) -> list[tuple[int, int, int, int]]:
     """Write down the pages of a mapping that are the process's own; the mappings that bring them back: address, size, protection
-    and offset. Of memory that is of no file those that are zero are left out."""
-    found = []
-    there = [is_own(entry) for entry in entries]
+    and offset. Of memory that is of no file those that are zero are left out, but for runs of no more than `gap` pages."""
+    spans = list[tuple[int, bytearray]]()
     at = 0
-    while at < len(there):
-        if not there[at]:
+    while at < len(entries):
+        if not is_own(entries[at]):
             at += 1
             continue
         end = at
-        while end < len(there) and there[end]:
+        while end < len(entries) and is_own(entries[end]):
             end += 1
         start = area.begin + at * PAGE
         data = read(start, (end - at) * PAGE)
-        for first, last in [(0, len(data))] if area.path.startswith("/") else runs(data, gap=GAP):
-            found.append((start + first, last - first, area.prot, memory.add(data[first:last])))
+        for first, last in [(0, len(data))] if area.path.startswith("/") else runs(data, gap=gap):
+            before = spans[-1][0] + len(spans[-1][1]) if spans else 0
+            if spans and start + first - before <= gap * PAGE:
+                spans[-1][1].extend(read(before, start + first - before) + data[first:last])
+            else:
+                spans.append((start + first, bytearray(data[first:last])))
         at = end
-    return found
+    return [(first, len(data), area.prot, memory.add(data)) for first, data in spans]
 
 
 def fdinfo(pid: int, number: int) -> dict[str, str]:

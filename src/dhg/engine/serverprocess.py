@@ -23,8 +23,8 @@ from .machinecode import HEAD, RSP, In, Program, elf
 BASE = 0x10_0000
 #: Where the file's memory begins, after the program; BASE and this end before the Python, too.
 MEMORY_AT = 1 << 20
-#: Up to this size a mapping of a file of which something has changed is kept whole: fewer mappings, which each `fork` copies.
-WHOLE = 4 << 20
+#: Mappings are few, as each `fork` copies them: pages with no more than so many between them are in one, whatever those have.
+GAP = 64
 #: The kernel's own; only the vdso has a successor.
 KERNELS = ("[vvar]", "[vvar_vclock]", "[vsyscall]")
 
@@ -107,14 +107,11 @@ def _map(program: Program, stopped: ptrace.Stopped, memory: resume.Memory, root:
             if area.path == "[heap]":
                 heap = (area.begin, area.end)
             entries = memoryview(os.pread(pagemap, size // resume.PAGE * 8, area.begin // resume.PAGE * 8)).cast("Q")
-            changed = sum(1 for entry in entries if resume.is_own(entry))
+            changed = any(resume.is_own(entry) for entry in entries)
             if area.path.startswith("/"):
                 shared = area.perms[3] == "s"
                 if shared and area.prot & resume.PROT_WRITE:
                     raise MachineError(f"the server shares memory: {area.path}")
-                if changed and size <= WHOLE:
-                    own.append((area.begin, size, area.prot, memory.add(stopped.read(area.begin, size))))
-                    continue
                 if area.path != opened:
                     if opened:
                         program.call(resume.NR_CLOSE, 3)
@@ -127,7 +124,7 @@ def _map(program: Program, stopped: ptrace.Stopped, memory: resume.Memory, root:
                 begin = area.begin - resume.STACK_ROOM if area.path == "[stack]" else area.begin
                 program.call(resume.NR_MMAP, begin, area.end - begin, area.prot, resume.MAP_EMPTY, -1, 0)
             if changed:
-                own += resume.own_pages(stopped.read, area, entries, memory)
+                own += resume.own_pages(stopped.read, area, entries, memory, gap=GAP)
     finally:
         os.close(pagemap)
     program.call(resume.NR_CLOSE, 3)

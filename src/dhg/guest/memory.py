@@ -5,13 +5,19 @@ Guest code: standard library and Deephaven only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 import sys
 
 # linux/mman.h: read around a page that is needed, or that page alone; reclaim pages now (those of a file that are clean are read
 # again when they are needed); read all of them now.
 MADV_NORMAL, MADV_RANDOM, MADV_PAGEOUT, MADV_POPULATE_READ = 0, 1, 21, 22
+#: The process that has gone on here, if it was started natively (init).
+SERVER = "/run/dhg/server/start"
+#: Where the kernel's settings for debugging are mounted while one is set, and what the kernel's own is for that one.
+DEBUG, AROUND = "/sys/kernel/debug", 65536
 #: How large the arrays are that the young generation is filled with.
 ARRAY = 1 << 20
 #: Less than what the C library maps by itself (M_MMAP_THRESHOLD, 128 KiB), or gives back at once.
@@ -26,6 +32,7 @@ def release_files() -> None:
     """
     _advise(MADV_PAGEOUT)
     _advise(MADV_RANDOM)
+    _map_around(mmap.PAGESIZE)
     for path in os.path.realpath(sys.executable), "/libc.so.6":
         _advise(MADV_POPULATE_READ, path)
 
@@ -33,6 +40,35 @@ def release_files() -> None:
 def read_around() -> None:
     """From now on the kernel reads what lies beside a page, too: a clone that needs a file's page is likely to need more of them."""
     _advise(MADV_NORMAL)
+    _map_around(AROUND)
+
+
+def read_server() -> None:
+    """Have the process that has gone on here in the page cache: page by page that would be half a minute.
+
+    What nothing maps goes with the cache again.
+    """
+    buffer = bytearray(1 << 20)
+    with contextlib.suppress(FileNotFoundError), open(SERVER, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _map_around(size: int) -> None:
+    """How much of a file that is in the page cache the kernel maps at once where a page of it is needed (fault_around_bytes).
+
+    A kernel without such a setting maps more than is used then, and the snapshot is larger.
+    """
+    libc = ctypes.CDLL(None)
+    if libc.mount(b"dhg", DEBUG.encode(), b"debugfs", 0, None):
+        return
+    try:
+        with open(f"{DEBUG}/fault_around_bytes", "w") as file:
+            file.write(str(size))
+    except FileNotFoundError:
+        pass
+    finally:
+        libc.umount(DEBUG.encode())
 
 
 def _advise(advice: int, path: str = "") -> None:
