@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import mmap
 import os
 import sys
+from bisect import bisect_left as bisect
+from collections.abc import Callable, Iterable
 
 # linux/mman.h: read around a page that is needed, or that page alone; reclaim pages now (those of a file that are clean are read
 # again when they are needed); read all of them now.
 MADV_NORMAL, MADV_RANDOM, MADV_PAGEOUT, MADV_POPULATE_READ = 0, 1, 21, 22
 #: The process that has gone on here, if it was started natively (init).
 SERVER = "/run/dhg/server/start"
+#: Mappings with fewer objects than one in so many bytes are not Python's own.
+OBJECT = 4096
 #: Where the kernel's settings for debugging are mounted while one is set, and what the kernel's own is for that one.
 DEBUG, AROUND = "/sys/kernel/debug", 65536
 #: How large the arrays are that the young generation is filled with.
@@ -35,6 +40,24 @@ def release_files() -> None:
     _map_around(mmap.PAGESIZE)
     for path in os.path.realpath(sys.executable), "/libc.so.6":
         _advise(MADV_POPULATE_READ, path)
+
+
+def of_objects() -> list[tuple[int, int]]:
+    """Where Python has its objects: the mappings that have any that can be part of a cycle, as first address and the one after."""
+    places = sorted(id(found) for found in gc.get_objects())
+    with open("/proc/self/maps") as file:
+        spans = [tuple(int(part, 16) for part in line.split(maxsplit=1)[0].split("-")) for line in file]
+    # Some of those in the C library's heap, which has far more than objects, are of no account.
+    return [
+        (start, end) for start, end in spans if bisect(places, end) - bisect(places, start) > (end - start) // OBJECT
+    ]
+
+
+def populate(spans: Iterable[tuple[int, int]]) -> None:
+    """Have all pages of these parts of the memory there: a clone reads them one by one, scattered as objects are."""
+    madvise = _madvise()
+    for start, end in spans:
+        madvise(start, end - start, MADV_POPULATE_READ)
 
 
 def read_around() -> None:
@@ -76,8 +99,7 @@ def _advise(advice: int, path: str = "") -> None:
 
     Advice is advice: what cannot be followed for a mapping is not an error.
     """
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    madvise = _madvise()
     with open("/proc/self/maps") as file:
         maps = file.read().splitlines()
     for line in maps:
@@ -85,6 +107,12 @@ def _advise(advice: int, path: str = "") -> None:
         if inode != "0" and (not path or ("x" in mode and line.endswith(path))):
             start, end = (int(part, 16) for part in area.split("-"))
             madvise(start, end - start, advice)
+
+
+def _madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
 
 
 def collect_java() -> None:

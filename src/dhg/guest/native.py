@@ -18,7 +18,7 @@ import time
 from . import memory, reseed, runner, vdso, warmup
 
 #: How often all warm-up scripts are run. More is compiled by it, which natively costs next to nothing.
-PASSES = 2
+PASSES = 1
 #: What the JVM is not to take for granted, though this CPU may have it: QEMU's emulation lacks it, and 32 registers of 512 bits.
 JVM_ARGS = (
     "-XX:UseAVX=2",
@@ -103,9 +103,9 @@ def main(ready: int, heap_mib: int) -> None:
     cells = reseed.Cells()
     warm.jvm.find(cells)
     warm.jvm.check()
-    warm = warm._replace(cells=cells)
     kernel = vdso.Known()
     gc.collect()
+    warm = warm._replace(cells=cells, objects=memory.of_objects())
     gc.freeze()
     memory.trim()
     go = os.eventfd(0, os.EFD_CLOEXEC)

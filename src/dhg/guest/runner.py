@@ -372,21 +372,17 @@ def serve_vm(control: int, channels: vsock.Channels | None, warm: warmup.Warm) -
     if emulated:
         # Under software emulation QEMU goes on as another process now, and keeps what it translates (the host's
         # engine/checkpoint.py). Of files only those pages are in memory then that the rehearsal uses.
-        log(control, "T release")
         memory.release_files()
-        log(control, "T drop")
         memory.drop_caches()
         memory.read_server()
-        log(control, "T dropped")
+        memory.populate(warm.objects)
         stdio.write_all(control, greeting)
         runner.be_rehearsed()
-        log(control, "T late")
         if runner.jvm is not None:
             warmup.compile_late(lambda text: log(control, text))
             memory.clear_young()
         memory.trim()
         memory.drop_caches()
-        log(control, "T again")
         # Once more: a file's page that was dropped and read again lies elsewhere, and is to be translated anew.
         stdio.write_all(control, greeting)
         runner.be_rehearsed()

@@ -30,8 +30,9 @@ class Warm(NamedTuple):
     versions: dict[str, str]
     finder: preview.Finder | None = None
     jvm: reseed.Jvm | None = None
-    #: The generators that have been found already: those of the JVM, if its heap is in order, too.
+    #: Of a server that was started natively, whose Java heap is in order: the JVM's generators, and where Python has its objects.
     cells: reseed.Cells | None = None
+    objects: Sequence[tuple[int, int]] = ()
 
 
 def warm_up(log: Callable[[str], None]) -> Warm:
