@@ -21,6 +21,8 @@ FUNCTIONS = {
 }
 #: Of a replaced function: `jmp [rip + 2]`, two bytes of nothing, and the pointer, which is replaced at once as it is aligned.
 _JUMP, _POINTER_AT, _SLOT = b"\xff\x25\x02\0\0\0\xcc\xcc", 8, 16
+#: mov rax, -ENOSYS; ret.
+_NONE = b"\x48\xc7\xc0\xda\xff\xff\xff\xc3"
 _PT_LOAD, _PT_DYNAMIC, _DT_NULL, _DT_STRTAB, _DT_SYMTAB = 1, 2, 0, 5, 6
 _SYMBOL = struct.Struct("<IBBHQQ")
 _FUNCTION = 2
@@ -62,22 +64,25 @@ def symbols(image: bytes) -> dict[str, int]:
 
 
 def stand_in(image: bytes, place: int) -> bytes:
-    """What takes the place of a vdso at the address `place`: as large, with its functions where they were. Raises `ValueError`."""
+    """What takes the place of a vdso at the address `place`: itself, as the loader looks at its tables, with other functions.
+    Raises `ValueError`."""
     found = symbols(image)
-    # Whatever else is called ends the process.
-    result = bytearray(b"\xcc" * len(image))
-    call = len(image)
-    for name, number in FUNCTIONS.items():
-        if name not in found:
+    result = bytearray(image)
+    places = sorted({*found.values(), len(image)})
+    for name, at in found.items():
+        # Several names may be one function.
+        number = FUNCTIONS.get(name) or next(
+            (FUNCTIONS[one] for one in found if found[one] == at and one in FUNCTIONS), None
+        )
+        if number is None:
+            # Nobody calls it: glibc's functions are those above.
+            result[at : at + len(_NONE)] = _NONE
             continue
-        at = found[name]
-        call -= _SLOT
-        if at % _SLOT or any(at < other < at + _SLOT for other in found.values()) or at + _SLOT > call:
+        room = next(other for other in places if other > at) - at
+        if at % _POINTER_AT or room < _SLOT + len(_NONE):
             raise ValueError(f"the vdso's function {name} leaves no room")
-        result[at : at + _SLOT] = _JUMP + (place + call).to_bytes(8, "little")
-        result[call : call + 8] = (
-            b"\xb8" + number.to_bytes(4, "little") + b"\x0f\x05\xc3"
-        )  # mov eax, number; syscall; ret
+        call = b"\xb8" + number.to_bytes(4, "little") + b"\x0f\x05\xc3"  # mov eax, number; syscall; ret
+        result[at : at + _SLOT + len(call)] = _JUMP + (place + at + _SLOT).to_bytes(8, "little") + call
     return bytes(result)
 
 

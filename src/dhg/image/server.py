@@ -162,5 +162,5 @@ def try_to_make(root: str, memory_mib: int, log: str) -> tuple[str, str]:
     """What `make` returns, or an empty path and why there is none."""
     try:
         return make(root, memory_mib, log), ""
-    except DhgError as error:
+    except (DhgError, OSError) as error:
         return "", str(error)

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from .. import __version__, config, proc
@@ -174,7 +175,7 @@ def _prepare(
         "initramfs": hashlib.sha256(initramfs).hexdigest(),
         "runner": runner,
         "image": os.path.basename(root),
-        "server": os.path.basename(os.path.dirname(process)),
+        "server": _stage_of(process),
         "host_cpu": proc.cpu_model() if accel == "kvm" else "",
         "checkpoint": engines.checkpoint_sources() if accel == "tcg" else "",
     }
@@ -184,40 +185,69 @@ def _prepare(
             progress("snapshot", "already there")
             return os.path.realpath(link)
         inventory.sweep(folder)
-        name = f".{engine}-{secrets.token_hex(6)}"
-        tmp = f"{folder}/{name}.tmp"
-        os.mkdir(tmp, 0o700)
-        try:
-            spec = engines.make_spec(
+
+        def make(process: str) -> str:
+            spec = partial(
+                engines.make_spec,
                 engine,
                 program,
                 accel=accel,
                 memory_mib=memory_mib,
                 vcpus=vcpus,
                 base=base,
-                initramfs=f"{tmp}/initramfs",
-                stub=f"{folder}/{name}/kernel",
                 root=f"{root}/root.erofs",
                 server=process,
             )
-            _fill(tmp, f"{folder}/{name}", spec, initramfs, inputs, version, progress)
-            os.rename(tmp, f"{folder}/{name}")
-            sync_dir(folder)
-        except BaseException:
-            _keep_console(tmp, log)
-            remove_tree(tmp)
-            raise
+            return _make(folder, spec, initramfs, inputs | {"server": _stage_of(process)}, version, log, progress)
+
         try:
-            progress("trial", "restore it once")
-            trial.run(f"{folder}/{name}", version, engine, progress)
-        except BaseException:
-            remove_tree(f"{folder}/{name}")
-            raise
+            name = make(process)
+        except DhgError as error:
+            if not process:
+                raise
+            progress("server", f"to be started in the VM, as it did not go on there: {error}")
+            name = make("")
         os.symlink(name, f"{link}.tmp")
         os.replace(f"{link}.tmp", link)
         sync_dir(folder)
         inventory.sweep(folder)
     return f"{folder}/{name}"
+
+
+def _stage_of(process: str) -> str:
+    return os.path.basename(os.path.dirname(process))
+
+
+def _make(
+    folder: str,
+    make_spec: Callable[..., engines.Spec],
+    initramfs: bytes,
+    inputs: dict[str, Any],
+    version: str,
+    log: str,
+    progress: Progress,
+) -> str:
+    """Make a generation in `folder` and try it; its name. What did not work is not left there."""
+    engine = inputs["engine"]
+    name = f".{engine}-{secrets.token_hex(6)}"
+    tmp = f"{folder}/{name}.tmp"
+    os.mkdir(tmp, 0o700)
+    try:
+        spec = make_spec(initramfs=f"{tmp}/initramfs", stub=f"{folder}/{name}/kernel")
+        _fill(tmp, f"{folder}/{name}", spec, initramfs, inputs, version, progress)
+        os.rename(tmp, f"{folder}/{name}")
+        sync_dir(folder)
+    except BaseException:
+        _keep_console(tmp, log)
+        remove_tree(tmp)
+        raise
+    try:
+        progress("trial", "restore it once")
+        trial.run(f"{folder}/{name}", version, engine, progress)
+    except BaseException:
+        remove_tree(f"{folder}/{name}")
+        raise
+    return name
 
 
 def _same(link: str, inputs: dict[str, Any]) -> bool:

@@ -12,12 +12,12 @@ from .. import config, proc
 from ..engine import probe
 from ..errors import DhgError, SnapshotError, SnapshotMissing
 from ..files import remove_tree, try_lock
-from ..image import build
+from ..image import build, server
 from . import engines, store
 
 ENGINES = ("qemu", "firecracker")
-#: The stages that have a cache (image/build.py).
-STAGES = ("base", "image", "vmlinux")
+#: The stages that have a cache (image/build.py, image/server.py).
+STAGES = ("base", "image", "server", "vmlinux")
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -95,13 +95,23 @@ def in_use(path: str) -> bool:
     return False
 
 
-def image_of(path: str) -> str | None:
-    """The stage directory that holds the root image of a generation."""
+def stages_of(path: str) -> set[str]:
+    """The stage directories whose files the VMs of a generation read: the root image, and the server's process where it has one."""
     try:
         with open(path + "/manifest.json") as file:
-            return f"{config.cache_dir()}/image/{json.load(file)['inputs']['image']}"
+            inputs = json.load(file)["inputs"]
+        found = {f"{config.cache_dir()}/image/{inputs['image']}"}
+        return found | ({f"{config.cache_dir()}/server/{inputs['server']}"} if inputs.get("server") else set())
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return set()
+
+
+def _memory_of(path: str) -> int:
+    try:
+        with open(path + "/manifest.json") as file:
+            return int(json.load(file)["inputs"]["memory_mib"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return config.DEFAULT_MEMORY_MIB
 
 
 def _disk_bytes(path: str) -> int:
@@ -233,9 +243,11 @@ def _unused_stages(*, everything: bool = False) -> list[str]:
     The caller holds the home's prepare lock.
     """
     paths = generations()
-    used = {image_of(path) for path in paths}
+    used = set[str]().union(*(stages_of(path) for path in paths))
     versions = {os.path.basename(os.path.dirname(path)) for path in paths} | {config.DEFAULT_DEEPHAVEN}
     needed = {} if everything else build.needed_stages(versions)
+    sizes = {_memory_of(path) for path in paths} | {config.DEFAULT_MEMORY_MIB}
+    needed["server"] = {server.key(image, size) for image in needed.get("image", ()) for size in sizes}
     found = []
     for stage in STAGES:
         folder = f"{config.cache_dir()}/{stage}"
