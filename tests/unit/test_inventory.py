@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from dhg import config
-from dhg.image import build
+from dhg.image import build, server
 from dhg.snapshot import inventory
 
 OLD_VERSION = "0.36.1"
+MEMORY_MIB = 1536
 
 
 @pytest.fixture
@@ -32,6 +33,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "root.erofs").touch()
     for name in ("base/unused", "vmlinux/unused", f"vmlinux/{build._vmlinux_key(str(base))}"):
         (tmp_path / "cache" / name).mkdir(parents=True)
+    processes = [server.key(image, config.DEFAULT_MEMORY_MIB) for image in needed]
+    for name in (*processes, server.key(needed[0], MEMORY_MIB), "of-the-snapshot", "unused"):
+        (tmp_path / "cache" / "server" / name).mkdir(parents=True)
     (tmp_path / "cache" / "image" / ".lock").touch()
     generation(tmp_path, "of-the-snapshot")
     return tmp_path
@@ -41,7 +45,8 @@ def generation(home: Path, image: str) -> Path:
     path = home / "snapshots" / OLD_VERSION / f".qemu-{len(image):012x}"
     path.mkdir(parents=True)
     (path / "lock").touch()
-    (path / "manifest.json").write_text(json.dumps({"inputs": {"image": image}}))
+    inputs = {"image": image, "server": image, "memory_mib": MEMORY_MIB}
+    (path / "manifest.json").write_text(json.dumps({"inputs": inputs}))
     link = path.parent / "qemu"
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
@@ -57,7 +62,7 @@ def stages(home: Path) -> set[str]:
     }
 
 
-UNUSED = {"base/unused", "image/unused", "image/.tmp-broken", "vmlinux/unused"}
+UNUSED = {"base/unused", "image/unused", "image/.tmp-broken", "server/unused", "vmlinux/unused"}
 
 
 def test_stages_that_no_snapshot_needs_are_leftovers(home: Path) -> None:
@@ -122,4 +127,4 @@ def test_another_homes_cache_is_left_alone(place: str, home: Path, tmp_path_fact
 def test_a_damaged_base_system_is_needed_by_nobody(home: Path) -> None:
     (home / "cache" / "base" / build._base_key() / "packages").unlink()
     inventory.clean()
-    assert stages(home) == {"image/of-the-snapshot"}
+    assert stages(home) == {"image/of-the-snapshot", "server/of-the-snapshot"}

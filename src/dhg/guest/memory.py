@@ -5,7 +5,6 @@ Guest code: standard library and Deephaven only.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import mmap
@@ -37,7 +36,6 @@ def release_files() -> None:
     """
     _advise(MADV_PAGEOUT)
     _advise(MADV_RANDOM)
-    _map_around(mmap.PAGESIZE)
     for path in os.path.realpath(sys.executable), "/libc.so.6":
         _advise(MADV_POPULATE_READ, path)
 
@@ -63,18 +61,20 @@ def populate(spans: Iterable[tuple[int, int]]) -> None:
 def read_around() -> None:
     """From now on the kernel reads what lies beside a page, too: a clone that needs a file's page is likely to need more of them."""
     _advise(MADV_NORMAL)
-    _map_around(AROUND)
+    if os.path.exists(SERVER):
+        _map_around(AROUND)
 
 
 def read_server() -> None:
-    """Have the process that has gone on here in the page cache: page by page that would be half a minute.
-
-    What nothing maps goes with the cache again.
-    """
+    """Have the process that has gone on here in the page cache, and only what is used of it mapped: page by page that would be half
+    a minute. What nothing maps goes with the cache again."""
+    if not os.path.exists(SERVER):
+        return
     buffer = bytearray(1 << 20)
-    with contextlib.suppress(FileNotFoundError), open(SERVER, "rb", buffering=0) as file:
+    with open(SERVER, "rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
+    _map_around(mmap.PAGESIZE)
 
 
 def _map_around(size: int) -> None:

@@ -42,9 +42,9 @@ def symbols(image: bytes) -> dict[str, int]:
     """The functions in a vdso, by name: where each begins. Raises `ValueError` for something that is no vdso."""
     if image[:5] != b"\x7fELF\2":
         raise ValueError("the vdso is no ELF file")
-    at, size, count = *struct.unpack_from("<Q", image, 32), *struct.unpack_from("<HH", image, 54)
-    segments = [struct.unpack_from("<IIQQ", image, at + number * size) for number in range(count)]
     try:
+        at, size, count = *struct.unpack_from("<Q", image, 32), *struct.unpack_from("<HH", image, 54)
+        segments = [struct.unpack_from("<IIQQ", image, at + number * size) for number in range(count)]
         base = next(address - offset for kind, _, offset, address in segments if kind == _PT_LOAD)
         at = next(offset for kind, _, offset, _ in segments if kind == _PT_DYNAMIC)
         found = dict[int, int]()

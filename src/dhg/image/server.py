@@ -29,7 +29,7 @@ TIMEOUT_S = 300.0
 FIRST_PID = 9001
 #: The kernel keeps a little of the memory for itself; of the rest the Java heap gets half, as in a VM (guest/jvm.py).
 KERNEL_MIB = 68
-_READY_FD = 3
+_READY_FD, _LEASH_FD = 3, 4
 _MAIN = "import sys; sys.path[0] = '/run/dhg/lib'; from dhg.guest import native; native.main(int(sys.argv[1]), int(sys.argv[2]))"
 
 
@@ -86,6 +86,8 @@ def make(root: str, memory_mib: int, log: str) -> str:
 def _start(tree: str, target: str, heap: int, log: str) -> None:
     """Start the server in `tree`, and write its process to `target` when it is ready."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    # It waits to be written down, and for nothing else: it has to end with us.
+    leash, hand = os.pipe2(os.O_CLOEXEC)
     fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         # What is received comes with the sender's number as it is here, whatever it is in its namespace.
@@ -93,11 +95,12 @@ def _start(tree: str, target: str, heap: int, log: str) -> None:
         child = proc.spawn(
             _argv(tree, heap),
             program=proc.find_program("unshare"),
-            fds={1: fd, 2: fd, _READY_FD: theirs.fileno()},
+            fds={1: fd, 2: fd, _READY_FD: theirs.fileno(), _LEASH_FD: leash},
             env={"PATH": os.environ.get("PATH", os.defpath)},
         )
         theirs.close()
         with child:
+            proc.kill_with_us(child.pid, leash)
             pid = _ready(ours)
             serverprocess.write(pid, target, os.path.realpath(tree))
             child.kill()
@@ -106,7 +109,8 @@ def _start(tree: str, target: str, heap: int, log: str) -> None:
     finally:
         ours.close()
         theirs.close()
-        os.close(fd)
+        for number in (fd, leash, hand):
+            os.close(number)
 
 
 def _argv(tree: str, heap: int) -> list[str]:
@@ -115,7 +119,7 @@ def _argv(tree: str, heap: int) -> list[str]:
     script = (
         f"mount -t proc proc {where}/proc && mount --rbind /dev {where}/dev && echo dhg > {where}/proc/sys/kernel/hostname"
         f" && cd {where}/workspace && echo {FIRST_PID - 1} > {where}/proc/sys/kernel/ns_last_pid || exit"
-        f'\nchroot {where} "$@" &\nwait $!'
+        f'\nchroot {where} "$@" {_LEASH_FD}<&- &\nwait $!'
     )
     user = ["-r"] if os.geteuid() else []
     # Its clock begins at zero, as a guest's does.

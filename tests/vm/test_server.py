@@ -1,0 +1,144 @@
+"""The server that was started natively, as it goes on in a VM; and what happens where it cannot (image/server.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tests.conftest import DHG, gone, run_dhg, share_stages
+
+from dhg import config
+from dhg.guest import native
+from dhg.image import server
+from dhg.snapshot import build, store
+
+
+@pytest.fixture
+def shared() -> None:
+    """The snapshot that all tests share is one of these."""
+    found = store.open_snapshot(engine="qemu")
+    os.close(found.lock)
+    if found.accel != "tcg":
+        pytest.skip("the snapshot is a KVM one: there the server starts in the VM")
+    with open(f"{found.path}/manifest.json") as file:
+        inputs = json.load(file)["inputs"]
+    if not inputs["server"]:
+        image = f"{config.cache_dir()}/image/{inputs['image']}"
+        pytest.skip(f"not here: {server.try_to_make(image, inputs['memory_mib'], os.devnull)[1]}")
+
+
+def output(code: str) -> str:
+    done = run_dhg("exec", "--vm", "--no-show-tables", "-c", code)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+@pytest.mark.usefixtures("shared")
+def test_it_goes_on_with_the_kernels_clock() -> None:
+    """The C library's functions that tell the time end in this kernel's vdso and not in system calls."""
+    code = """
+import ctypes, sys
+sys.path.insert(0, "/run/dhg/lib")
+from dhg.guest import vdso
+real, end = vdso.find()
+with open("/proc/self/maps") as file:
+    own = [line.split()[0].split("-") for line in file if "r-xp" in line and line.endswith("/run/dhg/server/start\\n")]
+for begin, after in own:
+    begin, after = int(begin, 16), int(after, 16)
+    image = ctypes.string_at(begin, after - begin)
+    if image[:4] == bytes([0x7f]) + b"ELF" and after - begin < 65536:
+        at = vdso.symbols(image)["__vdso_clock_gettime"]
+        print(real <= int.from_bytes(image[at + 8 : at + 16], "little") < end)
+"""
+    assert output(code) == "True\n"
+
+
+@pytest.mark.usefixtures("shared")
+def test_it_is_as_if_it_had_been_started_there() -> None:
+    code = """
+import json, os, resource, subprocess, threading
+child = os.fork()
+if not child:
+    os._exit(7)
+print(json.dumps({
+    "environ": dict(os.environ),
+    "fork": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]),
+    "run": subprocess.run(["pwd"], capture_output=True, text=True).stdout,
+    "files": len(set(resource.getrlimit(resource.RLIMIT_NOFILE))),
+    "thread": threading.get_native_id() == os.getpid(),
+    "open": [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")
+             and "memfd" in os.readlink(f"/proc/self/fd/{name}")],
+    "more": bytearray(200 << 20)[-1],
+}))
+"""
+    found = json.loads(output(code))
+    assert found.pop("environ") == native.environ()
+    assert len(found.pop("open")) <= 2, "files of the warm-up are left open"
+    assert found == {"fork": 7, "run": "/workspace\n", "files": 1, "thread": True, "more": 0}
+
+
+def natives() -> list[int]:
+    """The processes that a native start is made of."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    if b"native.main" in file.read():
+                        found.append(int(name))
+            except OSError:
+                continue
+    return found
+
+
+def test_it_ends_with_a_prepare_that_is_killed(tmp_path: Path) -> None:
+    share_stages(tmp_path)
+    env = {**os.environ, "DHG_HOME": str(tmp_path)}
+    argv = (DHG, "vm", "prepare", "--accel", "tcg")
+    with subprocess.Popen(
+        argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if b"started natively" in line:
+                break
+        until = time.monotonic() + 120
+        while not (pids := natives()) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        process.kill()
+    if not pids:
+        pytest.skip(f"nothing is started natively here: {process.stdout.read().decode()}")
+    assert all(gone(pid, 10) for pid in pids)
+    done = run_dhg("vm", "clean", env={"DHG_HOME": str(tmp_path)})
+    assert done.returncode == 0
+    assert not [name for name in os.listdir(tmp_path / "cache" / "server") if name != ".lock"], done.stdout
+
+
+def test_where_it_does_not_go_on_it_starts_in_the_vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes minutes: a start and a warm-up under emulation, which nothing else here does."""
+    share_stages(tmp_path / "home")
+    place = tmp_path / "other" / "server.erofs"
+    tree = tmp_path / "tree"
+    for name in ("tmp", "root"):
+        (tree / name).mkdir(parents=True)
+    (tree / "start").write_text("#!/bin/sh\nexit 121\n")
+    (tree / "start").chmod(0o755)
+    place.parent.mkdir()
+    subprocess.run(["mkfs.erofs", "--quiet", str(place), str(tree)], check=True, timeout=60)
+    monkeypatch.setenv("DHG_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(server, "try_to_make", lambda *_: (str(place), ""))
+    said: list[tuple[str, str]] = []
+    path = build.prepare(version=None, accel="tcg", progress=lambda stage, text: said.append((stage, text)))
+    why = [text for stage, text in said if stage == "server" and "did not go on" in text]
+    assert len(why) == 1, said
+    assert ("boot", "starting the server") in said
+    with open(f"{path}/manifest.json") as file:
+        assert json.load(file)["inputs"]["server"] == ""
+    done = run_dhg(
+        "exec", "--vm", "-c", "from deephaven import empty_table; print(empty_table(9).update('x = i').size)"
+    )
+    assert (done.returncode, done.stdout) == (0, b"9\n"), done.stderr
