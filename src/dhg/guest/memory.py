@@ -19,7 +19,7 @@ MADV_NORMAL, MADV_RANDOM, MADV_PAGEOUT, MADV_POPULATE_READ = 0, 1, 21, 22
 #: The process that has gone on here, if it was started natively (init).
 SERVER = "/run/dhg/server/start"
 #: Mappings with fewer objects than one in so many bytes are not Python's own.
-OBJECT = 512
+OBJECT = 4096
 #: Where the kernel's settings for debugging are mounted while one is set, and what the kernel's own is for that one.
 DEBUG, AROUND = "/sys/kernel/debug", 65536
 #: How large the arrays are that the young generation is filled with.
