@@ -38,12 +38,7 @@ def make(tree: str, log: str, *, mounts: bool) -> bool:
     It takes `mounts`, see `tree.run`.
     """
     work = f"{tree}/{_WORK}"
-    for name, data in kernel.guest_files().items():
-        if name.startswith("dhg/lib/"):
-            path = f"{work}/{name.removeprefix('dhg/lib/')}"
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "wb") as file:
-                file.write(data)
+    kernel.put_library(work)
     os.makedirs(os.path.dirname(f"{tree}/{ARCHIVE}"), exist_ok=True)
     try:
         if mounts:

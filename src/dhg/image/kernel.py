@@ -109,6 +109,16 @@ def guest_files() -> dict[str, bytes]:
     return files
 
 
+def put_library(folder: str) -> None:
+    """Write the part of this package that runs in the guest to `folder`, for what runs natively in the guest's tree."""
+    for name, data in guest_files().items():
+        if name.startswith("dhg/lib/"):
+            path = f"{folder}/{name.removeprefix('dhg/lib/')}"
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(data)
+
+
 def guest_archive(files: dict[str, bytes]) -> bytes:
     """The second archive of the initramfs."""
     archive = Archive()

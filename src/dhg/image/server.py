@@ -61,12 +61,7 @@ def make(root: str, memory_mib: int, log: str) -> str:
     def make_in(tmp: str) -> None:
         tree = f"{tmp}/tree"
         proc.run(["fsck.erofs", f"--extract={tree}", f"{root}/root.erofs"], timeout_s=300, log=log)
-        for name, data in kernel.guest_files().items():
-            if name.startswith("dhg/lib/"):
-                path = f"{tree}/run/{name}"
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "wb") as file:
-                    file.write(data)
+        kernel.put_library(f"{tree}/run/dhg/lib")
         os.makedirs(f"{tree}/workspace", exist_ok=True)
         out = f"{tmp}/out"
         os.mkdir(out)
