@@ -66,9 +66,8 @@ thread.start()
         [stack] = [area for area in resume.areas(pid) if area.path == "[stack]"]
     assert data[:4] == b"\x7fELF"
     assert os.access(tmp_path / "start", os.X_OK)
-    at = data.index(bytes(range(256)) * 16)
-    assert at >= serverprocess.MEMORY_AT
-    assert at % resume.PAGE == 0
+    pages = range(serverprocess.MEMORY_AT, len(data), resume.PAGE)
+    assert [at for at in pages if data[at : at + resume.PAGE] == bytes(range(256)) * 16]
     # The code names what the kernel is to put back: the stack, with room below it.
     assert (stack.begin - resume.STACK_ROOM).to_bytes(8, "little") in data[HEAD : serverprocess.MEMORY_AT]
 

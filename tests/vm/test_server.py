@@ -116,6 +116,7 @@ def test_it_ends_with_a_prepare_that_is_killed(tmp_path: Path) -> None:
     assert not [name for name in os.listdir(tmp_path / "cache" / "server") if name != ".lock"], done.stdout
 
 
+@pytest.mark.timeout(600)
 def test_where_it_does_not_go_on_it_starts_in_the_vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes minutes: a start and a warm-up under emulation, which nothing else here does."""
     share_stages(tmp_path / "home")
