@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,39 @@ print(json.dumps({
     found = json.loads(output(code))
     assert found.pop("environ") == native.environ()
     assert found == {"left": [], "fork": 7, "run": "/workspace\n", "files": 1, "thread": True, "more": 0}
+
+
+@pytest.mark.usefixtures("shared")
+def test_its_libraries_use_what_the_emulated_cpu_has() -> None:
+    """Each has chosen among variants natively, where the CPU may have more; one that has chosen wrongly ends the interpreter."""
+    code = """
+import base64, hashlib, hmac, json, ssl, zlib
+import jpy, numpy, pandas, pyarrow
+import pyarrow.compute as compute
+data = bytes(range(256)) * 1000
+found = [hashlib.new(name, data).hexdigest() for name in ("md5", "sha1", "sha256", "sha512", "sha3_256", "blake2b")]
+found += [hmac.new(b"key", data, "sha256").hexdigest(), zlib.crc32(data), len(ssl.RAND_bytes(99)), len(zlib.compress(data)) > 0]
+digest = jpy.get_type("java.security.MessageDigest").getInstance
+for name in "SHA-1", "SHA-256", "SHA-512":
+    d = digest(name)
+    for _ in range(3000):
+        d.update(jpy.array("byte", 640))
+    found.append(sum(d.digest()) != 0)
+ones = numpy.ones((300, 300))
+found += [float((ones @ ones)[7, 7]), float(numpy.sqrt(numpy.arange(10000.0)).sum() > 0), int(numpy.sort(numpy.arange(9999)[::-1])[0])]
+found += [numpy.linalg.svd(numpy.eye(30))[1].sum().item(), float(numpy.exp(numpy.zeros(999, "f4")).sum())]
+array = pyarrow.array(range(100000))
+found += [compute.sum(array).as_py(), compute.filter(array, compute.less(array, 5)).to_pylist(), compute.count_distinct(array).as_py()]
+found.append(pandas.Series(range(1000)).rolling(10).mean().iloc[-1])
+print(json.dumps(found))
+"""
+    found = json.loads(output(code))
+    data = bytes(range(256)) * 1000
+    assert found[:6] == [
+        hashlib.new(name, data).hexdigest() for name in ("md5", "sha1", "sha256", "sha512", "sha3_256", "blake2b")
+    ]
+    assert found[6:10] == [hmac.new(b"key", data, "sha256").hexdigest(), zlib.crc32(data), 99, True]
+    assert found[10:] == [True, True, True, 300.0, 1.0, 0, 30.0, 999.0, 4999950000, [0, 1, 2, 3, 4], 100000, 994.5]
 
 
 def natives() -> list[int]:

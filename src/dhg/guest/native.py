@@ -99,8 +99,6 @@ def main(ready: int, heap_mib: int) -> None:
     """Make ready, say so on the socket `ready`, wait, and go on in a VM."""
     # As many as the guest has.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    for name in LIBRARIES:
-        del os.environ[name]
     if features := numpy_features():
         os.environ["NPY_DISABLE_CPU_FEATURES"] = features
     with open("/proc/cpuinfo") as file:
@@ -114,7 +112,8 @@ def main(ready: int, heap_mib: int) -> None:
         args=JVM_ARGS,
     )
     run_widely()
-    for name in "NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE":
+    # Not before: each library asks when it is loaded.
+    for name in (*LIBRARIES, "NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE"):
         os.environ.pop(name, None)
     sys.path.remove(f"{runner.RUN_DIR}/lib")
     assert warm.jvm is not None
