@@ -91,7 +91,8 @@ import jpy, numpy, pandas, pyarrow
 import pyarrow.compute as compute
 data = bytes(range(256)) * 1000
 found = [hashlib.new(name, data).hexdigest() for name in ("md5", "sha1", "sha256", "sha512", "sha3_256", "blake2b")]
-found += [hmac.new(b"key", data, "sha256").hexdigest(), zlib.crc32(data), len(ssl.RAND_bytes(99)), len(zlib.compress(data)) > 0]
+found += [hmac.new(b"key", data, "sha256").hexdigest(), zlib.crc32(data)]
+found += [len(ssl.RAND_bytes(99)), len(zlib.compress(data)) > 0]
 digest = jpy.get_type("java.security.MessageDigest").getInstance
 for name in "SHA-1", "SHA-256", "SHA-512":
     d = digest(name)
@@ -99,10 +100,12 @@ for name in "SHA-1", "SHA-256", "SHA-512":
         d.update(jpy.array("byte", 640))
     found.append(sum(d.digest()) != 0)
 ones = numpy.ones((300, 300))
-found += [float((ones @ ones)[7, 7]), float(numpy.sqrt(numpy.arange(10000.0)).sum() > 0), int(numpy.sort(numpy.arange(9999)[::-1])[0])]
+found += [float((ones @ ones)[7, 7]), float(numpy.sqrt(numpy.arange(10000.0)).sum() > 0)]
+found += [int(numpy.sort(numpy.arange(9999)[::-1])[0])]
 found += [numpy.linalg.svd(numpy.eye(30))[1].sum().item(), float(numpy.exp(numpy.zeros(999, "f4")).sum())]
 array = pyarrow.array(range(100000))
-found += [compute.sum(array).as_py(), compute.filter(array, compute.less(array, 5)).to_pylist(), compute.count_distinct(array).as_py()]
+found += [compute.sum(array).as_py(), compute.filter(array, compute.less(array, 5)).to_pylist()]
+found.append(compute.count_distinct(array).as_py())
 found.append(pandas.Series(range(1000)).rolling(10).mean().iloc[-1])
 print(json.dumps(found))
 """
