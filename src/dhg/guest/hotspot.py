@@ -25,15 +25,28 @@ def _when(tier: int, *limits: int) -> dict[str, int]:
 #: Compile what runs often, with C1. Of what a start runs hardly anything runs again, and the compiler had a quarter of its time.
 COMPILE_SELDOM = {**_when(3, 2000, 1000, 20_000, 60_000), **_when(4, *[1 << 30] * 4), "TieredStopAtLevel": 1}
 #: Compile soon, with C1, what does not count any more; and what C1 has compiled so that it counts, once more.
-COMPILE_SOON = {**_when(3, 50, 25, 500, 2000), **_when(4, 50, 25, 500, 2000), "TieredStopAtLevel": 1}
+COMPILE_SOON = {
+    **_when(3, 50, 25, 500, 2000),
+    **_when(4, 50, 25, 500, 2000),
+    "TieredStopAtLevel": 1,
+    "Tier0InvokeNotifyFreqLog": 7,
+}
+#: Compile, with C1, what runs a few times. HotSpot looks at the numbers every so many calls, as a power of two; how often is written
+#: into a method at its first call. HotSpot's own is 7.
+COMPILE_NOW = {
+    **_when(3, 8, 4, 50, 500),
+    **_when(4, 8, 4, 50, 500),
+    "TieredStopAtLevel": 1,
+    "Tier0InvokeNotifyFreqLog": 2,
+}
 #: Compile with C2 what runs very often, and nothing else.
 COMPILE_LOOPS = {
     **_when(3, 10_000, 5000, 50_000, 60_000),
     **_when(4, 5000, 600, 15_000, 40_000),
     "TieredStopAtLevel": 4,
 }
-#: Compile what runs very often, with C1. HotSpot looks at the numbers every so many calls, as a power of two, and then compiles what
-#: is trivial (it returns a field) whatever they are. How often is written into a method at its first call. HotSpot's own is 7.
+#: Compile what runs very often, with C1. Whenever HotSpot looks at the numbers it compiles what is trivial (it returns a field)
+#: whatever they are, so it looks seldom.
 COMPILE_LATE = {
     **_when(3, 5000, 2500, 20_000, 40_000),
     **_when(4, *[1 << 30] * 4),

@@ -14,8 +14,9 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
-from . import hotspot, jvm, memory, queries, reseed, runner, training, vdso, warmup
+from . import hotspot, jvm, memory, preview, queries, reseed, runner, training, vdso, warmup
 
 #: How often all warm-up scripts are run. A second time leaves ten megabytes more in the snapshot, and nothing is quicker for it.
 PASSES = 1
@@ -82,6 +83,23 @@ def numpy_features() -> str:
     return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60).stdout.strip()
 
 
+def optimize(finder: preview.Finder, log: Callable[[str], None]) -> None:
+    """Have C2 compile what each row goes through, in other operations, too, and C1 nearly all that a formula does.
+
+    A bytecode that is interpreted is an indirect jump, which emulation has to look up: a formula that is interpreted in part
+    takes twice as long.
+    """
+    warmup.optimize_loops(finder, log)
+    log("warm-up: cells")
+    jvm.set_flags(hotspot.COMPILE_LOOPS, log)
+    warmup.rehearse(finder, "cells", queries.CELLS, rows=100_000, times=3)
+    jvm.set_flags(hotspot.COMPILE_NOW, log)
+    for turn in range(2):
+        log("warm-up: formulas")
+        warmup.rehearse(finder, "formulas", queries.FORMULAS, turn=turn)
+    jvm.set_flags(hotspot.COMPILE_SOON, log)
+
+
 def run_widely() -> None:
     """Run most of what the training of the image runs, once: classes are there then that many a script needs."""
     jvm.set_flags(hotspot.COMPILE_SELDOM, print)
@@ -109,6 +127,7 @@ def main(ready: int, heap_mib: int) -> None:
         lambda text: print(f"{time.monotonic() - began:6.2f} {text}", flush=True),
         heap_mib,
         passes=PASSES,
+        optimize=optimize,
         args=JVM_ARGS,
     )
     run_widely()

@@ -111,6 +111,45 @@ for n in range(times):
     assert t.select().size == t.update('z = x * 0.5').size
 """
 
+# And what rows and cells go through in other operations: natively this takes seconds, under emulation it would take minutes.
+CELLS = """
+import os
+from deephaven import agg, empty_table, new_table, parquet, read_csv, write_csv
+from deephaven.column import int_col, string_col
+from deephaven.numpy import to_numpy
+from deephaven.pandas import to_pandas, to_table
+few = new_table([string_col('sym', [f'S{n}' for n in range(5)]), int_col('key', list(range(5)))])
+for n in range(times):
+    with open('/tmp/warm.csv', 'w') as file:
+        file.write('sym,price,qty,up\\n' + ''.join(f'S{i % 5},{i / 7},{i},{i % 2 == 0}\\n' for i in range(rows)))
+    t = read_csv('/tmp/warm.csv')
+    os.unlink('/tmp/warm.csv')
+    sums = [agg.sum_('s = price'), agg.avg('a = price'), agg.min_('l = qty'), agg.max_('m = price'), agg.count_('n')]
+    assert t.agg_by(sums, by=['sym']).size == t.update('g = qty % 5').agg_by(sums, by=['g']).size == 5
+    assert t.natural_join(few, 'sym').join(few.view('sym'), 'sym').size == rows
+    assert t.where(['sym = `S1`', 'price > 10.5']).sort(['sym', 'price']).sort_descending('qty').size
+    assert t.update(['v = sqrt(price) + qty', 'w = sym + qty', 'u = qty > 5 ? price : 0.0']).last_by('sym').size == 5
+    write_csv(t.head(rows // 10), '/tmp/warm.csv')
+    os.unlink('/tmp/warm.csv')
+    parquet.write(t, '/tmp/warm.parquet')
+    assert parquet.read('/tmp/warm.parquet').select().size == rows
+    os.unlink('/tmp/warm.parquet')
+    assert to_table(to_pandas(t)).size == len(to_numpy(t.view('price'))) == rows
+"""
+
+# What a formula itself goes through: it is parsed, compiled, loaded. Natively, too.
+FORMULAS = """
+from deephaven import empty_table
+t = empty_table(100).update(['g = i % 7', 's = `k` + g', f'v = i * {turn}.5', 'up = g > 3', 'ts = now()'])
+for n in range(10):
+    a = turn * 20 + n
+    t.update(f'x = i * {a} + {a}.25').view(f'y = x > {a} ? v : 0.0')
+    t.where([f'v > {a}.25', f's != `{a}`']).update_view(f'y = sqrt(v) + {a}')
+    t.lazy_update(f'y = s.length() + {a}').select(['y', f'z = y * {a}'])
+    t.update([f'y = up && g > {a} % 5', f'w = abs(v) + max(v, {a}.0)', f'q = (int) v % {a + 1}'])
+    t.update([f'y = epochMillis(ts) + {a}', f'z = s + `_{a}`'])
+"""
+
 # What other scripts may do. Run once, natively, when the image is made, for the archive of classes (training.py). Each line stands
 # for itself: what this release of Deephaven does not have is left out. So many rows that sets of rows take all their forms.
 TRAINING = """

@@ -40,7 +40,7 @@ def warm_up(log: Callable[[str], None]) -> Warm:
     if importlib.util.find_spec("deephaven_server") is None:
         return warm_up_bare(log)
     if jvm.is_emulated():
-        return warm_up_emulated(log, jvm.heap_mib(), passes=PASSES - 1)
+        return warm_up_emulated(log, jvm.heap_mib(), passes=PASSES - 1, optimize=optimize_loops)
     versions = jvm.start_server(log, jvm.vm_args(jvm.heap_mib(), emulated=False), image=True)
     finder = _settle()
     for number in range(1, PASSES + 1):
@@ -54,13 +54,23 @@ def warm_up(log: Callable[[str], None]) -> Warm:
     return Warm(versions, finder, reseed.Jvm())
 
 
-def warm_up_emulated(log: Callable[[str], None], heap_mib: int, *, passes: int, args: Sequence[str] = ()) -> Warm:
-    """The same for a VM under software emulation, there or natively; `args` are more options for the JVM."""
+def warm_up_emulated(
+    log: Callable[[str], None],
+    heap_mib: int,
+    *,
+    passes: int,
+    optimize: Callable[[preview.Finder, Callable[[str], None]], None],
+    args: Sequence[str] = (),
+) -> Warm:
+    """The same for a VM under software emulation, there or natively; `args` are more options for the JVM.
+
+    What `optimize` does comes before the passes: what C1 has compiled to stay C2 does not compile any more.
+    """
     options = [*jvm.vm_args(heap_mib, emulated=True), *args]
     versions = jvm.start_server(log, options, image=True, flags=hotspot.COMPILE_SELDOM)
     jvm.set_flags(hotspot.COMPILE_SOON, log)
     finder = _settle()
-    optimize_loops(finder, log)
+    optimize(finder, log)
     for number in range(1, passes + 1):
         for name, source in queries.WARM_UP.items():
             log(f"warm-up {number} of {passes}: {name}")
