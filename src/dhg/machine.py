@@ -244,23 +244,19 @@ def _start(snapshot: store.Snapshot) -> Vm:
         return firecracker.start(
             snapshot.path, snapshot.argv[0], version=version, lock=snapshot.lock, memory_mib=memory_mib
         )
+    files = [(f"{snapshot.path}/ram", snapshot.ahead)]
     if snapshot.checkpoint:
-        vm = qmp.go_on(snapshot.checkpoint, snapshot.argv, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
-    else:
-        state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            vm = qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
-        finally:
-            os.close(state)
-    # While QEMU starts; its own files are read at the same time.
+        files.insert(0, (snapshot.checkpoint, snapshot.ahead_own))
+    # Before QEMU looks for its pages: one that is not there it gets with all that the disk reads ahead, 8 MB on some.
+    reading = readahead.start(files)
+    if snapshot.checkpoint:
+        argv, memory_mib = snapshot.argv, snapshot.memory_mib
+        return qmp.go_on(snapshot.checkpoint, argv, lock=snapshot.lock, memory_mib=memory_mib, single=reading)
+    state = os.open(snapshot.state, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if snapshot.checkpoint:
-            readahead.start(snapshot.checkpoint, snapshot.ahead_own)
-        readahead.start(f"{snapshot.path}/ram", snapshot.ahead)
-    except BaseException:
-        vm.close()
-        raise
-    return vm
+        return qmp.start(snapshot.argv, state=state, lock=snapshot.lock, memory_mib=snapshot.memory_mib)
+    finally:
+        os.close(state)
 
 
 def restore(version: str | None = None, *, engine: str | None = None, accel: str | None = None) -> Machine:

@@ -40,14 +40,14 @@ def file_of(tmp_path: Path, pages: int) -> Path:
     return path
 
 
-def in_cache(fd: int, size: int) -> bool:
-    """Whether the page cache has any page of a file, by mincore: a read that may not wait starts a read-ahead."""
+def in_cache(fd: int, size: int) -> set[int]:
+    """The pages of a file that the page cache has, by mincore: a read that may not wait starts a read-ahead."""
     with mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE) as area:
         start = ctypes.addressof(held := ctypes.c_char.from_buffer(area))
         there = (ctypes.c_ubyte * (size // PAGE))()
         assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), there)
         del held
-    return any(flags & 1 for flags in there)
+    return {page for page, flags in enumerate(there) if flags & 1}
 
 
 def drop(path: Path) -> None:
@@ -66,14 +66,14 @@ def test_reads_only_what_is_not_in_the_cache(tmp_path: Path) -> None:
     path = file_of(tmp_path, 2000)
     pages = readahead.pack([3, 700, 701, 1500])
     path.read_bytes()
-    assert not readahead.start(str(path), pages)
+    assert not readahead.start([(str(path), pages)])
     drop(path)
-    assert readahead.start(str(path), pages)
+    assert readahead.start([(str(path), pages)])
     # What it has started ends: then all of it is there, and nothing is left to be done.
     with open(path, "rb") as file:
         for first, count in ranges(pages):
             os.pread(file.fileno(), count * PAGE, first * PAGE)
-    assert not readahead.start(str(path), pages)
+    assert not readahead.start([(str(path), pages)])
 
 
 def test_a_part_that_was_dropped_is_noticed(tmp_path: Path) -> None:
@@ -84,15 +84,32 @@ def test_a_part_that_was_dropped_is_noticed(tmp_path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         for page in (10, 1000, 3000):
             os.pread(file.fileno(), PAGE, page * PAGE)
-    assert readahead.start(str(path), pages)
+    assert readahead.start([(str(path), pages)])
+
+
+def test_the_rest_is_read_after_the_list(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    # Further from each other than a disk reads ahead.
+    data = {*range(100), *range(10_000, 10_100), *range(20_000, 20_100)}
+    with open(path, "wb") as file:
+        for page in sorted(data):
+            os.pwrite(file.fileno(), b"x" * PAGE, page * PAGE)
+        os.fsync(file.fileno())
+    drop(path)
+    assert readahead.start([(str(path), readahead.pack([10_050]))])
+    until = time.monotonic() + 30
+    with open(path, "rb") as file:
+        while not in_cache(file.fileno(), path.stat().st_size) >= data:
+            assert time.monotonic() < until, "the rest is not read"
+            time.sleep(0.1)
 
 
 def test_nothing_to_do_and_nothing_there(tmp_path: Path) -> None:
     path = file_of(tmp_path, 1)
-    assert not readahead.start(str(path), b"")
-    assert not readahead.start(str(tmp_path / "missing"), readahead.pack([1]))
+    assert not readahead.start([(str(path), b"")])
+    assert not readahead.start([(str(tmp_path / "missing"), readahead.pack([1]))])
     # Beyond the end, as a damaged list might have it.
-    readahead.start(str(path), readahead.pack([1 << 31]))
+    readahead.start([(str(path), readahead.pack([1 << 31]))])
 
 
 def test_records_what_a_process_touched(tmp_path: Path) -> None:
@@ -101,12 +118,11 @@ def test_records_what_a_process_touched(tmp_path: Path) -> None:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as mapped:
         mapped.madvise(mmap.MADV_RANDOM)
         assert mapped[PAGE * 5 : PAGE * 5 + 1] and mapped[PAGE * 900 : PAGE * 900 + 1]
-        found = ranges(readahead.record(os.getpid(), str(path)))
-    covered = {page for first, count in found for page in range(first, first + count)}
-    assert {5, 900} <= covered
+        found = readahead.record(os.getpid(), str(path))
+    assert {5, 900} <= found
     # In steps of what the kernel maps around a fault.
-    assert len(covered) <= 4 * 16
-    assert readahead.record(os.getpid(), str(tmp_path / "another")) == b""
+    assert len(found) <= 4 * 16
+    assert readahead.record(os.getpid(), str(tmp_path / "another")) == set()
 
 
 def test_of_a_file_that_was_forgotten_what_is_mapped_is_what_was_used(tmp_path: Path) -> None:
@@ -118,4 +134,4 @@ def test_of_a_file_that_was_forgotten_what_is_mapped_is_what_was_used(tmp_path: 
         area.madvise(mmap.MADV_RANDOM)
         for page in used:
             area[page * PAGE]
-        assert ranges(readahead.record(os.getpid(), str(path))) == [(page, 1) for page in used]
+        assert readahead.record(os.getpid(), str(path)) == set(used)

@@ -200,7 +200,7 @@ def _map(
         *((begin, size) for begin, size, _, _ in own),
     ]:
         alone.call(NR_MADVISE, begin, size, MADV_RANDOM)
-    program.where(b"\x49\x0f\xba\xf5" + bytes((qmp.RECORD_BIT,)), b"\x83", alone)  # btr r13, bit; jnc
+    program.where(b"\x49\x0f\xba\xf5" + bytes((qmp.SINGLE_BIT,)), b"\x83", alone)  # btr r13, bit; jnc
 
 
 def _with_its_zeros(mappings: list[resume.Area], name: str) -> range:

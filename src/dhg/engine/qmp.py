@@ -33,7 +33,7 @@ CHANNELS = (
 
 
 #: In the word that a checkpoint gets: see `go_on`.
-RECORD_BIT = 62
+SINGLE_BIT = 62
 
 #: The channel that QEMU learns of last, as a file of `-readconfig`.
 GO = b'[chardev "%s"]\nbackend = "socket"\nfd = "%d"\n' % (CHANNELS[-1][0].encode(), CHANNELS[-1][1])
@@ -118,7 +118,7 @@ class Vm:
         log: int = -1,
         checkpoint: str | None = None,
         change_user: bool = True,
-        record: bool = False,
+        single: bool = False,
     ) -> None:
         """With `checkpoint` that program is started instead of QEMU itself; it waits for the user that it is to run as. Without
         `change_user` QEMU stays root, if we are: for what is run in `prepare` only."""
@@ -140,7 +140,7 @@ class Vm:
             if checkpoint is None:
                 command, said, env = [*argv, *confinement(change_user=change_user)], GO, proc.minimal_env(ENVIRON)
             else:
-                word = proc.unprivileged_id() | (1 << RECORD_BIT if record else 0)
+                word = proc.unprivileged_id() | (1 << SINGLE_BIT if single else 0)
                 command, said, env = list(argv), word.to_bytes(8, "little"), {}
             self.process = process = proc.spawn(command, fds=theirs, env=env, program=checkpoint)
             proc.kill_with_us(process.pid, leash)
@@ -194,13 +194,13 @@ def logged(
     extra: dict[int, int],
     checkpoint: str | None = None,
     change_user: bool = True,
-    record: bool = False,
+    single: bool = False,
 ) -> Vm:
     """A `Vm` that keeps what QEMU says of itself. It is not the script's output; it is shown if the restore fails."""
     log = os.memfd_create("dhg-qemu-log")
     try:
         extra = {**extra, 1: log, 2: log}
-        return Vm(argv, extra=extra, log=log, checkpoint=checkpoint, change_user=change_user, record=record)
+        return Vm(argv, extra=extra, log=log, checkpoint=checkpoint, change_user=change_user, single=single)
     except BaseException:
         os.close(log)
         raise
@@ -284,12 +284,12 @@ def start(argv: Sequence[str], *, state: int, lock: int, memory_mib: int) -> Vm:
     return vm
 
 
-def go_on(checkpoint: str, argv: Sequence[str], *, lock: int, memory_mib: int, record: bool = False) -> Vm:
+def go_on(checkpoint: str, argv: Sequence[str], *, lock: int, memory_mib: int, single: bool = False) -> Vm:
     """Start the program `checkpoint`, a QEMU whose VM was stopped (see that module), and have the VM go on; does not wait.
 
-    `argv` is what it is called. With `record` the kernel reads single pages only of the files that are mapped.
+    `argv` is what it is called. With `single` the kernel reads single pages only of the files that are mapped.
     """
-    vm = logged(argv, extra={FD_LOCK: lock}, checkpoint=checkpoint, record=record)
+    vm = logged(argv, extra={FD_LOCK: lock}, checkpoint=checkpoint, single=single)
     proc.limit(vm.process.pid, address_space_bytes=memory_mib + OVERHEAD_MIB << 20)
     try:
         vm.qmp.send(CONT)
