@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 ALLOWED = {
     "dhg",
@@ -27,7 +29,6 @@ ALLOWED = {
     "_struct",
     "fcntl",
     "select",
-    "struct",
     # By machine.run and proc.limit, when QEMU runs already.
     "resource",
 }
@@ -49,3 +50,10 @@ def test_the_hot_path_imports_nothing_else() -> None:
     loaded = set(done.stdout.split())
     assert loaded - ALLOWED == set()
     assert "dhg.engine.qmp" in loaded
+
+
+def test_what_lies_beside_the_command_is_not_imported(tmp_path: Path) -> None:
+    shutil.copy(Path(sys.executable).with_name("dhg"), tmp_path)
+    (tmp_path / "select.py").write_text("raise SystemExit('another')")
+    done = subprocess.run([tmp_path / "dhg", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()[:1]) == (0, ["dhg"]), done.stderr

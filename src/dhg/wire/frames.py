@@ -42,7 +42,7 @@ holds more than MAX_PAYLOAD plus one read.
 
 from __future__ import annotations
 
-from struct import Struct
+from _struct import Struct  # not `struct`, which is a file more to be read at each start
 
 #: The version of this format; the guest's HELLO carries it, the host refuses another.
 PROTOCOL = 3
