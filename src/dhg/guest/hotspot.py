@@ -48,7 +48,7 @@ COMPILE_LOOPS = {
 #: Compile what runs very often, with C1. Whenever HotSpot looks at the numbers it compiles what is trivial (it returns a field)
 #: whatever they are, so it looks seldom.
 COMPILE_LATE = {
-    **_when(3, 5000, 2500, 20_000, 40_000),
+    **_when(3, 10_000, 5000, 40_000, 80_000),
     **_when(4, *[1 << 30] * 4),
     "TieredStopAtLevel": 1,
     "Tier0InvokeNotifyFreqLog": 10,
