@@ -35,7 +35,8 @@ _PRESENT = 1 << 63
 def start(files: Iterable[tuple[str, bytes]]) -> bool:
     """Have the kernel read the pages listed of each file, unless they are in its cache, and later the rest of it; whether it does.
 
-    Does not wait for the disk. It only makes things faster, so whatever goes wrong is left to whoever reads a file next.
+    Does not wait for the disk, nor is what it has begun ended with the VM: in a process that lives on, the next one finds it read.
+    It only makes things faster, so whatever goes wrong is left to whoever reads a file next.
     """
     missing = []
     for path, pages in files:
