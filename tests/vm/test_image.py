@@ -149,7 +149,7 @@ with open("/proc/cmdline") as file:
     emulated = "dhg.accel=tcg" in file.read().split()
 kind = jpy.get_type("com.sun.management.HotSpotDiagnosticMXBean")
 options = jpy.get_type("java.lang.management.ManagementFactory").getPlatformMXBean(kind.jclass)
-for name, late, usual in ("Tier3InvocationThreshold", "5000", "200"), ("TieredStopAtLevel", "1", "4"):
+for name, late, usual in ("Tier3InvocationThreshold", "10000", "200"), ("TieredStopAtLevel", "1", "4"):
     print(jpy.cast(options, kind).getVMOption(name).getValue() == (late if emulated else usual))
 """
     assert output(code) == b"True\nTrue\n"
