@@ -9,7 +9,7 @@ from . import config, proc
 from .engine import qmp
 from .errors import DeadlineExceeded, HostError, MachineError
 from .snapshot import readahead, store
-from .wire import client, frames
+from .wire import frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from .share.start import FileServer, Shares
+    from .wire import client
 
     class Vm(Protocol):
         """What every engine's running VM has: the seam between engines and the rest.
@@ -157,6 +158,8 @@ class Machine:
         # When the VMM was up it says on the wall clock, which may step meanwhile: for show only.
         start = min(max(0.0, (up_ns - began_ns) / 1e6), self.phases["state load"])
         self.phases["VMM start"], self.phases["state load"] = start, self.phases.pop("state load") - start
+        from .wire import client  # of whoever has made a request, while the VMM started
+
         self._session = session = client.Session(vm.control, vm.stdout, vm.stderr)
         return session
 
@@ -180,6 +183,8 @@ class Machine:
             self.snapshot.lock = given
 
     def _clock_of(self, session: client.Session, deadline: proc.Deadline | None) -> client.Clock:
+        from .wire import client
+
         before, after = self._resumed
         if self.snapshot.base_ns and after - before <= RESUME_WITHIN_NS:
             return client.Clock((before + after) // 2, self.snapshot.base_ns)

@@ -1,4 +1,4 @@
-"""The only place that makes processes. On the hot path: imports `os`, `fcntl` and `select` only.
+"""The only place that makes processes. On the hot path: imports `os` and `fcntl`, and once there is a child `select`.
 
 A child has its own process group, stdin from /dev/null, a minimal environment, and exactly the descriptors it was
 given. Every wait has a deadline. Leaving a `Process` is TERM, a grace period, KILL, reap.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import time
 
 from .errors import DeadlineExceeded, DhgError, HostError
@@ -73,6 +72,8 @@ class Process:
     def wait(self, timeout_s: float) -> int | None:
         """The exit status, or None if the child still runs after `timeout_s` seconds."""
         if self.status is None:
+            import select
+
             poller = select.poll()
             poller.register(self.pidfd, select.POLLIN)
             deadline = Deadline(timeout_s)

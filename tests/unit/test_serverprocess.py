@@ -6,8 +6,10 @@ The program itself needs a guest's privileges; that it goes on there every snaps
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +72,19 @@ thread.start()
     assert [at for at in pages if data[at : at + resume.PAGE] == bytes(range(256)) * 16]
     # The code names what the kernel is to put back: the stack, with room below it.
     assert (stack.begin - resume.STACK_ROOM).to_bytes(8, "little") in data[HEAD : serverprocess.MEMORY_AT]
+
+
+def test_its_clocks_are_not_put_back(tmp_path: Path) -> None:
+    clocks = {"monotonic": time.CLOCK_MONOTONIC, "boottime": time.CLOCK_BOOTTIME}
+    with waiting("pass") as pid:
+        before = {name: time.clock_gettime(clock) for name, clock in clocks.items()}
+        data = written(pid, tmp_path / "start")
+        after = {name: time.clock_gettime(clock) for name, clock in clocks.items()}
+    found = {
+        name.decode(): int(seconds) for name, seconds in re.findall(rb"(\w+) (\d+) 0\n", data[: serverprocess.MEMORY_AT])
+    }
+    assert found.keys() == clocks.keys()
+    assert all(before[name] <= found[name] <= after[name] + 2 for name in clocks), (before, found, after)
 
 
 def test_what_nobody_has_written_to_takes_no_room(tmp_path: Path) -> None:

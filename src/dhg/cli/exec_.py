@@ -9,12 +9,13 @@ import time
 
 from .. import config, machine, proc
 from ..errors import DeadlineExceeded, HostError, UsageError
-from ..wire import client, frames
+from ..wire import frames
 from .options import Option, Values, help_text, parse, positive_integer, positive_number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .. import embedded, remote
+    from ..wire import client
     from . import sharing
 
     #: What a script can run in. Each has `run`, `interrupt`, `usage`, `close`, and says what it is.
@@ -195,6 +196,8 @@ class Run:
 
     def finish(self, vm: Place, stdout: client.Sink, stderr: client.Sink) -> client.Result:
         """Run the script in it. Raises `DhgError`, KeyboardInterrupt."""
+        from ..wire import client  # the VMM starts meanwhile
+
         source, deadline, plan = self._source, self._deadline, self._plan
         grace = 0.0
 

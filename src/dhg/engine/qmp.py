@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import _socket
 import os
-import select
 import time
 
 from .. import proc
@@ -57,6 +56,8 @@ class Qmp:
 
     def wait_for(self, *wanted: bytes, deadline: proc.Deadline, errors: Sequence[bytes] = (b'"error"',)) -> bytes:
         """Read until a line contains one of `wanted`; that line. Raises `MachineError` for a line with one of `errors`."""
+        import select  # QEMU starts meanwhile
+
         poller = select.poll()
         poller.register(self.socket.fileno(), select.POLLIN)
         while True:

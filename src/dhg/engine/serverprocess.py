@@ -4,7 +4,7 @@ Under emulation the start of a server and its warm-up take most of a `prepare`; 
 in the guest's root file system (image/server.py), stopped, and written down (`resume`), and the guest starts the program.
 
 What the guest has of its own: the kernel, so another vdso (guest/vdso.py); privileges, with which the numbers of the threads and the
-end of the heap are put back; and a clock that the process must not have been ahead of.
+end of the heap are put back; and clocks, which are behind those that the process has seen: a time namespace makes up for that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 import os
 import socket
 import struct
+import time
 
 from ..errors import MachineError
 from ..guest import vdso
@@ -31,6 +32,7 @@ KERNELS = ("[vvar]", "[vvar_vclock]", "[vsyscall]")
 # x86-64's numbers of system calls.
 NR_READ, NR_LSEEK, NR_DUP2, NR_SOCKET, NR_BIND, NR_LISTEN, NR_SOCKETPAIR, NR_SETSOCKOPT = 0, 8, 33, 41, 49, 50, 53, 54
 NR_EPOLL_CTL, NR_PIPE2, NR_MEMFD_CREATE, NR_CLONE3, NR_PIDFD_GETFD = 233, 293, 319, 435, 438
+NR_WRITE, NR_UNSHARE, NR_SETNS, CLONE_NEWTIME = 1, 272, 308, 0x80
 PR_SET_MM, PR_SET_MM_START_BRK, PR_SET_MM_BRK = 35, 6, 7
 EPOLL_CTL_ADD, MFD_CLOEXEC, PROT_NONE = 1, 1, 0
 BACKLOG = 128
@@ -52,6 +54,7 @@ def _write(stopped: ptrace.Stopped, threads: list[resume.Thread], target: str, r
     fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o700)
     try:
         program.call(resume.NR_CLOSE_RANGE, 3, (1 << 32) - 1, 0)
+        _enter_time(program, stopped.pid)
         _map(program, stopped, resume.Memory(fd, MEMORY_AT), root)
         main = threads[0]
         go = main.registers["rdi"] if main.registers["rax"] == NR_READ else -1
@@ -81,6 +84,28 @@ def _write(stopped: ptrace.Stopped, threads: list[resume.Thread], target: str, r
 def _name(pid: int, tid: int) -> bytes:
     with open(f"/proc/{pid}/task/{tid}/comm", "rb") as file:
         return file.read().rstrip(b"\n") + b"\0"
+
+
+def _enter_time(program: Program, pid: int) -> None:
+    """Have the clocks go on where the process has seen them last, or later: threads wait for moments of theirs."""
+    offsets = "".join(f"{name} {seconds} 0\n" for name, seconds in _clocks(pid).items()).encode()
+    program.call(NR_UNSHARE, CLONE_NEWTIME)
+    program.call(resume.NR_OPEN, b"/proc/self/timens_offsets\0", os.O_WRONLY | os.O_CLOEXEC)
+    program.call(NR_WRITE, 3, offsets, len(offsets))
+    program.call(resume.NR_CLOSE, 3)
+    # What was unshared is for children; one that has no threads yet may follow them.
+    program.call(resume.NR_OPEN, b"/proc/self/ns/time_for_children\0", os.O_RDONLY | os.O_CLOEXEC)
+    program.call(NR_SETNS, 3, CLONE_NEWTIME)
+    program.call(resume.NR_CLOSE, 3)
+
+
+def _clocks(pid: int) -> dict[str, int]:
+    """What the clocks of a process say, by the names that time_namespaces(7) has for them, rounded up to seconds."""
+    now = {"monotonic": time.CLOCK_MONOTONIC, "boottime": time.CLOCK_BOOTTIME}
+    with open(f"/proc/{pid}/timens_offsets") as file:
+        offsets = {name: int(seconds) for name, seconds, _ in map(str.split, file)}
+    # One second for nanoseconds of the offset, and one for rounding.
+    return {name: int(time.clock_gettime(clock)) + offsets[name] + 2 for name, clock in now.items()}
 
 
 def _inside(path: str, root: str) -> str:

@@ -57,8 +57,6 @@ LIBRARIES = {
 UNTIL = "from deephaven import dtypes"
 LEFT_OUT = ("uby.", "head_by", "reverse", "move_columns", "count_by", "partition", "merge", "group", "get_exec_ctx")
 WRITTEN = ("/tmp/t.parquet", "/tmp/t.csv")
-#: The time to go back to the guest's own: if its clock is behind the one here, whoever waits for a time waits that much longer.
-CLOCK_S = 5.0
 
 
 def environ() -> dict[str, str]:
@@ -150,7 +148,6 @@ def main(ready: int, heap_mib: int) -> None:
     print("ready", flush=True)
     os.write(ready, b"r")
     os.close(ready)
-    left = time.monotonic()
     os.eventfd_read(go)
     # In a guest.
     os.close(go)
@@ -158,8 +155,4 @@ def main(ready: int, heap_mib: int) -> None:
     # As a JVM does at its start.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    control = os.open(f"{runner.RUN_DIR}/control", os.O_RDWR)
-    if (behind := left - time.monotonic()) > 0:
-        runner.log(control, f"the clock is {behind:.1f} s behind")
-        time.sleep(min(behind, CLOCK_S))
-    runner.serve_vm(control, None, warm)
+    runner.serve_vm(os.open(f"{runner.RUN_DIR}/control", os.O_RDWR), None, warm)
