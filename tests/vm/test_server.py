@@ -7,6 +7,8 @@ import hmac
 import json
 import os
 import subprocess
+import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -172,6 +174,29 @@ def test_it_ends_with_a_prepare_that_is_killed(tmp_path: Path) -> None:
     done = run_dhg("vm", "clean", env={"DHG_HOME": str(tmp_path)})
     assert done.returncode == 0
     assert not [name for name in os.listdir(tmp_path / "cache" / "server") if name != ".lock"], done.stdout
+
+
+def test_it_is_started_without_root() -> None:
+    """As a user who is root in a namespace of users only, and whose PATH is a user's."""
+    if os.geteuid():
+        pytest.skip("not root: the snapshot that all tests share was made so")
+    found = store.open_snapshot(engine="qemu")
+    os.close(found.lock)
+    with open(f"{found.path}/manifest.json") as file:
+        inputs = json.load(file)["inputs"]
+    image, memory_mib = f"{config.cache_dir()}/image/{inputs['image']}", inputs["memory_mib"]
+    # The interpreter, this directory and the image may be root's own: they may be read, and nothing else is allowed.
+    may = "+dac_override,+dac_read_search"
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={may}", f"--ambient-caps={may}"]
+    # Not below pytest's own directory, which is root's.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as home:
+        os.chown(home, 65534, 65534)
+        log = Path(home) / "log"
+        code = f"from dhg.image import server; print(server.make({image!r}, {memory_mib}, {str(log)!r}))"
+        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": home, "DHG_HOME": home}
+        done = subprocess.run([*user, sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr + log.read_text()
+        assert os.stat(done.stdout.rstrip("\n")).st_uid == 65534
 
 
 @pytest.mark.timeout(600)

@@ -91,7 +91,8 @@ def _start(tree: str, target: str, heap: int, log: str) -> None:
             _argv(tree, heap),
             program=proc.find_program("unshare"),
             fds={1: fd, 2: fd, _READY_FD: theirs.fileno(), _LEASH_FD: leash},
-            env={"PATH": os.environ.get("PATH", os.defpath)},
+            # Not every user's has `chroot`.
+            env={"PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"},
         )
         theirs.close()
         with child:
@@ -112,7 +113,7 @@ def _argv(tree: str, heap: int) -> list[str]:
     where = shlex.quote(tree)
     # A process of its own, not the namespace's first: that number is init's in a guest.
     script = (
-        f"mount -t proc proc {where}/proc && mount --rbind /dev {where}/dev && echo dhg > {where}/proc/sys/kernel/hostname"
+        f"mount -t proc proc {where}/proc && mount --rbind /dev {where}/dev"
         f" && cd {where}/workspace && echo {FIRST_PID - 1} > {where}/proc/sys/kernel/ns_last_pid || exit"
         f'\nchroot {where} "$@" {_LEASH_FD}<&- &\nwait $!'
     )
