@@ -81,7 +81,8 @@ def test_its_clocks_are_not_put_back(tmp_path: Path) -> None:
         data = written(pid, tmp_path / "start")
         after = {name: time.clock_gettime(clock) for name, clock in clocks.items()}
     found = {
-        name.decode(): int(seconds) for name, seconds in re.findall(rb"(\w+) (\d+) 0\n", data[: serverprocess.MEMORY_AT])
+        name.decode(): int(seconds)
+        for name, seconds in re.findall(rb"(\w+) (\d+) 0\n", data[: serverprocess.MEMORY_AT])
     }
     assert found.keys() == clocks.keys()
     assert all(before[name] <= found[name] <= after[name] + 2 for name in clocks), (before, found, after)

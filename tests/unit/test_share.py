@@ -23,53 +23,25 @@ from dhg.share import main as share_main
 from dhg.share.ignore import Patterns
 from dhg.share.nodes import FIRST_SHARE_ID, Share
 from dhg.share.server import Broken, Server
+from dhg.share.start import FileServer
 
 #: Share 0 is read-only, share 1 may be written to.
 READ_ONLY, WRITABLE = FIRST_SHARE_ID, FIRST_SHARE_ID + 1
 ENTRY_SIZE = protocol.ENTRY_OUT.size + protocol.ATTR.size
 
 
-class Guest:
-    """The guest's side of the connection."""
+class Kernel:
+    """Speaks over a socket as a guest's kernel does."""
 
-    def __init__(self, folders: list[tuple[Path, bool]], *, max_handles: int = 64) -> None:
-        ours, theirs = socket.socketpair()
+    def __init__(self, ours: socket.socket) -> None:
         ours.settimeout(20)
         self.socket = ours
-        self.theirs = theirs
-        self.fds = [os.open(path, os.O_PATH | os.O_DIRECTORY) for path, _ in folders]
-        shares = []
-        for number, (path, writable) in enumerate(folders):
-            share = Share(number, self.fds[number], writable=writable)
-            ignore = path / ".dhgignore"
-            if ignore.is_file():
-                share.patterns = Patterns(ignore.read_bytes())
-                share.guard = (ignore.stat().st_dev, ignore.stat().st_ino)
-            shares.append(share)
-        self.server = Server(theirs.fileno(), shares, max_handles=max_handles)
-        self.broken: BaseException | None = None
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-        self.thread.start()
         self.unique = 0
         #: Messages of the server's own by their codes, without headers.
         self.stored: list[bytes] = []
         self.ahead: list[bytes] = []
         self.dropped: list[bytes] = []
         self.stale: list[bytes] = []
-
-    def _serve(self) -> None:
-        try:
-            self.server.serve()
-        except BaseException as error:
-            self.broken = error
-        self.theirs.close()
-
-    def close(self) -> None:
-        self.socket.close()
-        self.thread.join(20)
-        assert not self.thread.is_alive()
-        for fd in self.fds:
-            os.close(fd)
 
     def send(self, opcode: int, node: int, body: bytes = b"") -> int:
         self.unique += 1
@@ -149,6 +121,42 @@ class Guest:
         return int(protocol.ATTR.unpack_from(reply, protocol.ATTR_OUT.size)[9])
 
 
+class Guest(Kernel):
+    """The guest's side of the connection to a server in a thread."""
+
+    def __init__(self, folders: list[tuple[Path, bool]], *, max_handles: int = 64) -> None:
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
+        self.theirs = theirs
+        self.fds = [os.open(path, os.O_PATH | os.O_DIRECTORY) for path, _ in folders]
+        shares = []
+        for number, (path, writable) in enumerate(folders):
+            share = Share(number, self.fds[number], writable=writable)
+            ignore = path / ".dhgignore"
+            if ignore.is_file():
+                share.patterns = Patterns(ignore.read_bytes())
+                share.guard = (ignore.stat().st_dev, ignore.stat().st_ino)
+            shares.append(share)
+        self.server = Server(theirs.fileno(), shares, max_handles=max_handles)
+        self.broken: BaseException | None = None
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        try:
+            self.server.serve()
+        except BaseException as error:
+            self.broken = error
+        self.theirs.close()
+
+    def close(self) -> None:
+        self.socket.close()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        for fd in self.fds:
+            os.close(fd)
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
     found = [tmp_path / "ro", tmp_path / "rw"]
@@ -179,6 +187,30 @@ def start(folders: list[Path]) -> Iterator[Start]:
 
 def create(name: bytes, flags: int = os.O_RDWR, mode: int = 0o644) -> bytes:
     return protocol.CREATE_IN.pack(flags, mode) + name + b"\0"
+
+
+def test_what_one_server_gave_out_means_nothing_to_the_next(tmp_path: Path) -> None:
+    """A guest's kernel still has nodes and handles of the rehearsal's server when a clone's takes its place on the channel."""
+    (tmp_path / "a").write_text("first")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        guest = Kernel(ours)
+
+        def begin() -> tuple[FileServer, int, int]:
+            server = FileServer(theirs.fileno(), ((str(tmp_path), "r"),))
+            node = guest.lookup(READ_ONLY, "a")
+            return server, node, guest.open(node)
+
+        server, old, old_handle = begin()
+        server.kill()
+        server, node, handle = begin()
+        try:
+            guest.send(protocol.RELEASE, old, protocol.RELEASE_IN.pack(old_handle))
+            guest.send(protocol.FORGET, old, protocol.FORGET_IN.pack(1))
+            assert guest.bad(protocol.GETATTR, old, protocol.GETATTR_IN.pack(0, 0)) == "ESTALE"
+            assert guest.read(node, handle) == b"first"
+        finally:
+            server.kill()
 
 
 def test_what_is_there_can_be_read(start: Start, folders: list[Path]) -> None:

@@ -93,6 +93,23 @@ True False True
 """
 
 
+def test_nothing_is_left_of_the_rehearsals_files(dhg: Dhg, tmp_path: Path) -> None:
+    """`prepare` has used files of these names (snapshot/rehearsal.py), in the VM of which this is a clone."""
+    (tmp_path / "dhg_rehearsal.py").write_text("rows = 'mine'\n")
+    (tmp_path / "dhg_rehearsal.csv").write_text("x\n1\n2\n")
+    (tmp_path / "dhg_rehearsal.none").write_text("there")
+    code = """
+import os, sys
+print("dhg_rehearsal" in sys.modules, repr(sys.path[0]), sorted(os.listdir()))
+import dhg_rehearsal
+from deephaven import read_csv
+print(dhg_rehearsal.rows, read_csv("dhg_rehearsal.csv").size, open("dhg_rehearsal.none").read())
+"""
+    found = ok(dhg("exec", "--vm", "--no-show-tables", "-c", code, cwd=tmp_path))
+    names = ["dhg_rehearsal.csv", "dhg_rehearsal.none", "dhg_rehearsal.py"]
+    assert found == f"False '' {names}\nmine 2 there\n"
+
+
 def test_a_script_finds_its_files_as_if_there_were_no_vm(dhg: Dhg, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

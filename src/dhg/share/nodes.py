@@ -145,6 +145,11 @@ class Tables:
             root = Node(FIRST_SHARE_ID + share.number, share, identity(share, found))
             self.nodes[root.id] = root
 
+    def begin_at(self, number: int) -> None:
+        """Give out numbers of nodes and handles from there on. Call it before any is."""
+        self._next_node += number
+        self._next_handle += number
+
     def node(self, number: int) -> Node:
         """The node of that number. Raises `OSError` (ESTALE)."""
         found = self.nodes.get(number)

@@ -57,6 +57,11 @@ class FileServer:
         except OSError:
             pass
 
+    def kill(self) -> None:
+        """End it at once. The channel stays as it is: it may be served by another."""
+        self.process.kill()
+        self.end()
+
     def end(self) -> tuple[bool, str | None]:
         """When the other side is gone: whether the guest tried to write where it may not, and what went wrong, if anything."""
         status = self.process.wait(END_S)

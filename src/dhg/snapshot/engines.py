@@ -185,10 +185,13 @@ def _rehearse(
     """Go on with a VM that was frozen in a QEMU that has translated nothing yet, run what scripts do, freeze it again and keep that
     QEMU, too; the files that it maps."""
     os.lseek(state, 0, os.SEEK_SET)
-    with qemu.boot_again(spec._replace(stub=f"{folder}/kernel"), memory, state=state) as vm:
+    with (
+        qemu.boot_again(spec._replace(stub=f"{folder}/kernel"), memory, state=state) as vm,
+        rehearsal.directory(folder) as shared,
+    ):
         vm.wait_resumed(deadline=proc.Deadline(rehearsal.TIMEOUT_S))
         for requests in rounds:
-            rehearsal.run(vm, requests)
+            rehearsal.run(vm, requests, shared)
             wait_hello(vm)
         qmp.stop(vm)
         place = f"{folder}/checkpoint"
