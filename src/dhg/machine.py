@@ -158,7 +158,7 @@ class Machine:
         # When the VMM was up it says on the wall clock, which may step meanwhile: for show only.
         start = min(max(0.0, (up_ns - began_ns) / 1e6), self.phases["state load"])
         self.phases["VMM start"], self.phases["state load"] = start, self.phases.pop("state load") - start
-        from .wire import client  # of whoever has made a request, while the VMM started
+        from .wire import client  # as late as that: the VMM starts meanwhile
 
         self._session = session = client.Session(vm.control, vm.stdout, vm.stderr)
         return session

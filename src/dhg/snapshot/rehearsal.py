@@ -50,7 +50,7 @@ BESIDE = {
 def rounds(*, bare: bool) -> list[list[client.Request]]:
     """The requests of each round: after each the guest makes ready and says HELLO. `bare` is a guest without Deephaven."""
     hellos = [_request(source) for source in HELLOS * TIMES]
-    files = _files(CSV if not bare else "")
+    files = _files("" if bare else CSV)
     if bare:
         return [files, [*files, *hellos]]
     # Other numbers than the warm-up has, as formulas are compiled once.
