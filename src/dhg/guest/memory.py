@@ -34,8 +34,9 @@ def release_files() -> None:
     Until `read_around` each page that is used is read by itself, or what lies beside it would stay in the snapshot, too. The
     interpreter and the C library stay whole (three megabytes more): every script uses some of them that nothing else has.
     """
-    _advise(MADV_PAGEOUT)
+    # In this order: what other threads use meanwhile is read by itself, too.
     _advise(MADV_RANDOM)
+    _advise(MADV_PAGEOUT)
     for path in os.path.realpath(sys.executable), "/libc.so.6":
         _advise(MADV_POPULATE_READ, path)
 
