@@ -127,6 +127,8 @@ class Machine:
         return result
 
     def _settle(self, deadline: proc.Deadline | None) -> client.Session:
+        from .wire import client  # the VMM starts meanwhile
+
         vm = self.vm
         limit = RESTORE_TIMEOUT_S if deadline is None else min(deadline.left(), RESTORE_TIMEOUT_S)
         try:
@@ -158,8 +160,6 @@ class Machine:
         # When the VMM was up it says on the wall clock, which may step meanwhile: for show only.
         start = min(max(0.0, (up_ns - began_ns) / 1e6), self.phases["state load"])
         self.phases["VMM start"], self.phases["state load"] = start, self.phases.pop("state load") - start
-        from .wire import client  # as late as that: the VMM starts meanwhile
-
         self._session = session = client.Session(vm.control, vm.stdout, vm.stderr)
         return session
 

@@ -13,6 +13,9 @@ from tests.conftest import Completed, Dhg, qemus_of, run_dhg, share_stages
 
 import dhg as dhg_package
 from dhg import config, machine, proc
+from dhg.errors import SnapshotError
+from dhg.share import start
+from dhg.snapshot import build, rehearsal
 from dhg.wire import client
 
 BARE = ("exec", "--vm", "--version", "bare")
@@ -133,3 +136,22 @@ def test_clean_leaves_nothing(at_home: Dhg, home: Path) -> None:
     assert at_home("vm", "clean", "--version", "bare").returncode == 0
     assert os.listdir(home / "snapshots") == []
     assert at_home(*BARE, "-c", "pass").returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "said", "detail"),
+    [
+        (rehearsal, "BESIDE", {"dhg_rehearsal.csv": ""}, "a rehearsal ended with 1", "No module named 'dhg_rehearsal'"),
+        (start, "CODE", "raise SystemExit('out of order')", "the server of the host's files ended", "out of order"),
+    ],
+)
+def test_a_rehearsal_that_does_not_get_its_files(
+    where: object, name: str, value: object, said: str, detail: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share_stages(tmp_path)
+    monkeypatch.setenv("DHG_HOME", str(tmp_path))
+    monkeypatch.setattr(where, name, value)
+    with pytest.raises(SnapshotError, match=said) as error:
+        build.prepare(version="bare", accel="tcg", progress=lambda *_: None)
+    assert detail in (error.value.detail or "")
+    assert not [found for found in os.listdir(tmp_path / "snapshots" / "bare") if "qemu" in found]

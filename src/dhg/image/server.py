@@ -21,7 +21,7 @@ from ..errors import DeadlineExceeded, DhgError, ImageError
 from ..files import remove_tree
 from ..guest import native
 from . import build, kernel
-from .tree import PYTHON
+from .tree import ENV, PYTHON
 
 #: Natively it takes ten seconds.
 TIMEOUT_S = 300.0
@@ -91,8 +91,7 @@ def _start(tree: str, target: str, heap: int, log: str) -> None:
             _argv(tree, heap),
             program=proc.find_program("unshare"),
             fds={1: fd, 2: fd, _READY_FD: theirs.fileno(), _LEASH_FD: leash},
-            # Not every user's has `chroot`.
-            env={"PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"},
+            env=ENV,
         )
         theirs.close()
         with child:

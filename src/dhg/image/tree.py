@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from .. import proc
 from ..errors import DeadlineExceeded, ImageError
 
-_ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+#: For the host's programs that this takes, some of which a user's PATH may lack, and for the guest's.
+ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 PYTHON = "/usr/bin/python3"
 #: Whatever the time of a source is: in the image all times are one, and bytecode that names another is compiled anew at each import.
 COMPILE = (PYTHON, "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash")
@@ -33,7 +34,7 @@ def run(tree: str, argv: list[str], *, mounts: bool, timeout_s: float, log: str)
         argv = ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child", *shell, *argv]
     else:
         argv = [*(["unshare", *user] if user else []), "chroot", tree, *argv]
-    proc.run(argv, timeout_s=timeout_s, log=log, env=_ENV)
+    proc.run(argv, timeout_s=timeout_s, log=log, env=ENV)
 
 
 def can_mount(tree: str, log: str) -> bool:

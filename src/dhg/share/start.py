@@ -57,10 +57,13 @@ class FileServer:
         except OSError:
             pass
 
-    def kill(self) -> None:
-        """End it at once. The channel stays as it is: it may be served by another."""
-        self.process.kill()
-        self.end()
+    def kill(self) -> str | None:
+        """End it at once, and leave the channel as it is, for another to serve it. What went wrong, if it had ended by itself."""
+        ended = self.process.poll() is not None
+        if not ended:
+            os.kill(self.process.pid, proc.SIGKILL)
+        _, why = self.end()
+        return why if ended else None
 
     def end(self) -> tuple[bool, str | None]:
         """When the other side is gone: whether the guest tried to write where it may not, and what went wrong, if anything."""

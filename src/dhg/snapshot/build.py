@@ -305,8 +305,9 @@ def _fill(
             keep=keep,
         )
     except DhgError as error:
-        with open(f"{tmp}/console.log", errors="replace") as file:
-            error.detail = proc.tail(file.read()) or error.detail
+        if not error.detail:
+            with open(f"{tmp}/console.log", errors="replace") as file:
+                error.detail = proc.tail(file.read())
         raise
     finally:
         os.close(console)

@@ -93,6 +93,7 @@ def run(vm: Any, requests: Sequence[client.Request], folder: str) -> None:
 
     for request in requests:
         output: list[bytes] = []
+        failed = None
         session = client.Session(vm.control, vm.stdout, vm.stderr)
         try:
             result = session.run(
@@ -104,7 +105,10 @@ def run(vm: Any, requests: Sequence[client.Request], folder: str) -> None:
             )
         finally:
             while servers:
-                servers.pop().kill()
+                failed = servers.pop().kill() or failed
+        if failed:
+            # The channel has been closed with it, and no clone would have files.
+            raise SnapshotError("in a rehearsal the server of the host's files ended", detail=failed)
         if result.exit_code:
             said = b"".join(output).decode("utf-8", "replace")
             raise SnapshotError(f"a rehearsal ended with {result.exit_code}", detail=said)
